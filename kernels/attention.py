@@ -1,0 +1,150 @@
+"""Causal attention of packed queries over a paged KV cache.
+
+One op serves every mix: a token being decoded, the draft tokens of a verification and a chunk of a prompt are
+requests with 1, a few and many queries. The queries of a request are the last ones of its sequence.
+Papers: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023;
+Dao et al., "FlashAttention", 2022 (online softmax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    query_lens: Sequence[int] | None = None,
+    seq_lens_list: Sequence[int] | None = None,
+) -> Tensor:
+    """Attend from every query to its request's cached keys up to and including its own position.
+
+    Parameters
+    ----------
+    q : Tensor [T, Hq, D]
+        Queries of all requests one after another. The last dimension is dense.
+    k_cache, v_cache : Tensor [num_blocks, block_size, Hkv, D]
+        Cache that already holds this step's keys and values. ``Hq`` is a multiple of ``Hkv``. The last dimension is dense.
+    block_table : Tensor [B, P] int32
+        Blocks of each request in order; entries past its length are not read.
+    query_start_loc : Tensor [B + 1] int32
+        Where each request's queries begin in ``q``; the last entry is ``T``.
+    seq_lens : Tensor [B] int32
+        Length of each request's sequence including its queries.
+    scale : float
+        Factor on the scores, usually ``D ** -0.5``.
+    sliding_window : int or None
+        A query sees itself and at most ``sliding_window - 1`` tokens before it.
+    soft_cap : float or None
+        Scores become ``soft_cap * tanh(score / soft_cap)`` (Gemma 2).
+    query_lens, seq_lens_list : sequence of int [B], or None
+        The same lengths on the host, where the caller has them: avoids a device synchronisation.
+
+    Returns
+    -------
+    Tensor [T, Hq, D]
+        Contiguous, in the dtype of ``q``.
+    """
+    if query_lens is None:
+        query_lens = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
+    if seq_lens_list is None:
+        seq_lens_list = seq_lens.tolist()
+    return paged_attention_reference(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        query_lens,
+        seq_lens_list,
+        scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    scale: float,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Plain torch form of :func:`paged_attention`, one request at a time, with lengths from the host."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    start = 0
+    for row, (num_queries, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        k, v = (gather_pages(c, block_table[row], 0, seq_len) for c in (k_cache, v_cache))
+        stop = start + num_queries
+        out[start:stop] = attend_reference(
+            q[start:stop], k, v, scale, sliding_window=sliding_window, soft_cap=soft_cap
+        )
+        start = stop
+    return out
+
+
+def gather_pages(cache: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Copy positions ``start .. stop - 1`` of one request out of ``cache`` -> ``[stop - start, Hkv, D]``."""
+    block_size = cache.shape[1]
+    first = start // block_size
+    pages = cache[blocks[first : -(-stop // block_size)].long()].flatten(0, 1)
+    return pages[start - first * block_size : stop - first * block_size]
+
+
+def attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of the last ``Q`` positions of one sequence, with every step written out.
+
+    Parameters
+    ----------
+    q : Tensor [Q, Hq, D]
+    k, v : Tensor [S, Hkv, D]
+
+    Returns
+    -------
+    Tensor [Q, Hq, D]
+    """
+    wide = dispatch.accumulate_dtype(q)
+    num_queries, num_heads, _ = q.shape
+    seq_len, num_kv_heads, _ = k.shape
+    k, v = (x.to(wide).repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,shd->hqs", q.to(wide), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    mask = causal_mask(num_queries, seq_len, sliding_window, q.device)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqs,shd->qhd", probabilities, v).to(q.dtype)
+
+
+def causal_mask(
+    num_queries: int, seq_len: int, sliding_window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys a query may see: bool ``[num_queries, seq_len]``, queries being the last positions."""
+    query = torch.arange(seq_len - num_queries, seq_len, device=device).unsqueeze(1)
+    key = torch.arange(seq_len, device=device)
+    mask = key <= query
+    return mask if sliding_window is None else mask & (key > query - sliding_window)

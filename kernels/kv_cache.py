@@ -1,0 +1,38 @@
+"""Writing keys and values into a paged cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels import dispatch
+
+
+def write_kv(k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Copy each token's k and v to its slot.
+
+    Models with rotary embeddings use :func:`kernels.rotary.apply_rope_and_write_kv`, which does this on the way.
+
+    Parameters
+    ----------
+    k, v : Tensor [T, num_kv_heads, head_dim]
+        Leading dimensions of any strides.
+    slot_mapping : Tensor [T] int64
+        ``block * block_size + offset`` of each token; a negative slot is not written (padding).
+    k_cache, v_cache : Tensor [num_blocks, block_size, num_kv_heads, head_dim]
+        Same dtype as ``k``.
+    """
+    write_kv_reference(k, v, slot_mapping, k_cache, v_cache)
+
+
+def write_kv_reference(
+    k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    """Plain torch form of :func:`write_kv`."""
+    block_size = k_cache.shape[1]
+    if slot_mapping.device.type == "cpu" and bool((slot_mapping < 0).any()):
+        kept = slot_mapping >= 0
+        slot_mapping, k, v = slot_mapping[kept], k[kept], v[kept]
+    # On a GPU a mask would cost a synchronisation: there the caller maps padding to a trash block.
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[blocks, offsets] = k
+    v_cache[blocks, offsets] = v

@@ -1,0 +1,438 @@
+"""``build_engine``: the only place that instantiates components, in a fixed order.
+
+platform -> model (linear, adapters, parallel) -> memory plan -> KV manager and pool -> attention ->
+graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
+Each constructor gets its own config and the runtime objects it names; none gets the whole config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kernels
+from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
+from workbench.core.memory import MemoryProbe
+from workbench.core.step import StepRecord
+from workbench.engine.engine import Engine, EngineParts
+from workbench.engine.ledger import Ledger
+from workbench.engine.model_runner import ModelRunner, RunnerParts
+from workbench.engine.request_table import RequestTable
+from workbench.models.decoder import Decoder
+from workbench.models.loader import load_model
+from workbench.models.source import ModelSource
+from workbench.models.spec import ModelSpec
+from workbench.slots.component import Component
+from workbench.slots.kv_pool import KVPool
+from workbench.slots.platform import Platform
+from workbench.slots.scheduler import SchedulerParts
+
+#: Every slot of the engine; ``conf/engine/<slot>/`` holds its options.
+SLOTS = (
+    "platform",
+    "linear",
+    "adapters",
+    "parallel",
+    "kv_cache",
+    "kv_pool",
+    "attention",
+    "graph_runner",
+    "sampler",
+    "drafter",
+    "verifier",
+    "executor",
+    "policy",
+    "admission",
+    "eviction",
+    "prefill",
+    "prefix_cache",
+    "scheduler",
+    "loop",
+)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: Share of the free memory that ``kv_pool_tokens=auto`` may take at most.
+AUTO_POOL_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of an engine.
+
+    Attributes
+    ----------
+    max_num_seqs
+        Requests at once.
+    max_model_len
+        Tokens a request, prompt and output; 0 takes the model's context.
+    kv_pool_tokens
+        Tokens of KV in all; 0 takes ``max_num_seqs * max_model_len``, within half of the free
+        memory.
+    """
+
+    max_num_seqs: int = 32
+    max_model_len: int = 0
+    kv_pool_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_num_seqs", 1), ("max_model_len", 0), ("kv_pool_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"limits.{name}={value!r} must be an integer of at least {least}.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything that an engine is built from, resolved.
+
+    Attributes
+    ----------
+    components
+        By slot: ``_target_`` and the component's own options.
+    source
+        Where the model comes from.
+    dtype
+        ``auto`` (the platform's choice) or a name in ``DTYPES``.
+    """
+
+    components: dict[str, dict[str, Any]]
+    source: ModelSource
+    weights: str = "checkpoint"
+    dtype: str = "auto"
+    seed: int = 0
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Bytes and FLOPs that a step cannot do without: what the roofline is held against."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+
+    def bytes_of(self, step: StepRecord) -> int:
+        """Weights once, the KV of every context read once, new KV written once."""
+        kv = step.num_context_tokens + step.num_scheduled_tokens
+        return self.weight_bytes + kv * self.kv_bytes_per_token
+
+    def flops_of(self, step: StepRecord) -> int:
+        """Two per weight and token."""
+        return step.num_scheduled_tokens * self.flops_per_token
+
+
+def load_class(target: str) -> type[Any]:
+    """Import ``package.module.Class``.
+
+    Raises
+    ------
+    ConfigError
+        The module or class does not exist, or a library that it needs is missing.
+    """
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{target} needs the module {error.name!r}, which is not installed. "
+            "`python -m workbench doctor` says what this machine can run."
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{target} does not exist in {module_name}.") from error
+
+
+def build_config(cls: type[Any], slot: str, options: Mapping[str, Any]) -> Any:
+    """Make a component's frozen config, checking names and types of its options.
+
+    Raises
+    ------
+    ConfigError
+        An option that the component does not have, or a value of another type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls.Config)}
+    for name, value in options.items():
+        if name not in fields:
+            raise unknown_name(f"option of engine.{slot} ({cls.__name__})", name, fields)
+        expected = fields[name].type
+        kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(str(expected))
+        wrong = kind is not None and not isinstance(value, kind)
+        if wrong or (expected == "int" and isinstance(value, bool)):
+            raise ConfigError(f"engine.{slot}.{name}={value!r} must be of type {expected}.")
+    return cls.Config(**options)
+
+
+class _Builder:
+    """Builds components by slot and remembers them."""
+
+    def __init__(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+        for slot in nodes:
+            if slot not in SLOTS:
+                raise unknown_name("slot", slot, SLOTS)
+        missing = [slot for slot in SLOTS if slot not in nodes]
+        if missing:
+            raise ConfigError(f"no component is configured for: {', '.join(missing)}.")
+        self._nodes = {slot: dict(node) for slot, node in nodes.items()}
+        self.built: dict[str, Component] = {}
+
+    def cls(self, slot: str) -> type[Any]:
+        """The class that fills a slot."""
+        return load_class(self._nodes[slot]["_target_"])
+
+    def config(self, slot: str) -> Any:
+        """The config of the component that fills a slot."""
+        options = {k: v for k, v in self._nodes[slot].items() if k != "_target_"}
+        return build_config(self.cls(slot), slot, options)
+
+    def build(self, slot: str, **runtime: Any) -> Any:
+        """Instantiate the component of a slot."""
+        self.built[slot] = component = self.cls(slot)(self.config(slot), **runtime)
+        return component
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Assemble an engine.
+
+    Raises
+    ------
+    ConfigError
+        An unknown slot, option or type; limits that do not fit each other.
+    UnsupportedError
+        A component cannot run this model on this machine; all reasons are named.
+    """
+    began = time.perf_counter()
+    builder = _Builder(config.components)
+    platform: Platform = builder.build("platform")
+    _require(platform.unsupported_reasons(), f"platform {platform.name}")
+    dtype = _resolve_dtype(config.dtype, platform)
+    kernels.warm_up(platform.device, dtype)  # libraries load now, so that base_bytes counts them
+    probe = platform.memory_probe()
+    probe.trim()
+    base_bytes = probe.current_bytes()
+    decoder = load_model(
+        config.source.config,
+        linear=builder.build("linear"),
+        adapters=builder.build("adapters"),
+        parallel=builder.build("parallel"),
+        dtype=dtype,
+        device=platform.device,
+        weights=config.weights,
+        seed=config.seed,
+        expected_tokens=config.limits.max_num_seqs,
+    )
+    probe.trim()
+    max_model_len = _resolve_model_len(config.limits, decoder.spec)
+    runner = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
+    scheduler = _build_scheduler(builder, config.limits, max_model_len)
+    probe.trim()
+    ledger = Ledger(
+        probe,
+        _predict(decoder, runner, scheduler.token_budget, config.limits.max_num_seqs),
+        base_bytes,
+        probe.current_bytes(),
+    )
+    info = _describe(config, decoder, runner, platform, dtype, max_model_len)
+    info["build_s"] = time.perf_counter() - began
+    return Engine(
+        EngineParts(
+            scheduler=scheduler,
+            executor=builder.build("executor", runner=runner),
+            loop=builder.build("loop"),
+            components=builder.built,
+            ledger=ledger,
+            tokenizer=config.source.tokenizer(),
+            eos_token_ids=frozenset(decoder.spec.eos_token_ids),
+            vocab_size=decoder.spec.vocab_size,
+            max_model_len=max_model_len,
+            seed=config.seed,
+            info=info,
+        )
+    )
+
+
+def _build_runner(
+    builder: _Builder,
+    config: EngineConfig,
+    decoder: Decoder,
+    platform: Platform,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> ModelRunner:
+    limits = config.limits
+    drafter, verifier = builder.build("drafter"), builder.build("verifier")
+    if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} proposes drafts, but verifier "
+            f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
+        )
+    pool = _build_pool(builder, decoder.spec, limits, platform, dtype, max_model_len)
+    attention = builder.build("attention")
+    _require(
+        attention.unsupported_reasons(decoder.spec.attention_layers, pool),
+        f"attention {type(attention).__name__}",
+    )
+    table = RequestTable(
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=max_model_len,
+        num_lookahead_tokens=drafter.num_lookahead_tokens,
+        num_block_columns=-(-max_model_len // pool.block_size),
+        device=platform.device,
+    )
+    return ModelRunner(
+        RunnerParts(
+            model=decoder,
+            table=table,
+            pool=pool,
+            attention=attention,
+            graph_runner=builder.build("graph_runner"),
+            sampler=builder.build("sampler"),
+            drafter=drafter,
+            verifier=verifier,
+        )
+    )
+
+
+def _build_pool(
+    builder: _Builder,
+    spec: ModelSpec,
+    limits: Limits,
+    platform: Platform,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> KVPool:
+    shape = spec.kv_shape(dtype)
+    bytes_per_token = builder.cls("kv_pool").bytes_per_token(shape)
+    block_size = builder.cls("kv_cache").choose_block_size(
+        builder.config("kv_cache"), max_model_len
+    )
+    free = platform.free_memory_bytes()
+    tokens = limits.kv_pool_tokens
+    if not tokens:
+        wanted = limits.max_num_seqs * -(-max_model_len // block_size) * block_size
+        tokens = min(wanted, int(AUTO_POOL_SHARE * free / bytes_per_token))
+    num_blocks = tokens // block_size
+    if num_blocks < 1:
+        raise ConfigError(
+            f"a KV pool of {tokens} tokens holds no block of {block_size} tokens. Raise "
+            "limits.kv_pool_tokens or lower limits.max_model_len."
+        )
+    needed = (num_blocks + 1) * block_size * bytes_per_token
+    if needed > free:
+        raise ConfigError(
+            f"the KV pool needs {needed / 2**30:.2f} GiB for {num_blocks * block_size} tokens, "
+            f"but {free / 2**30:.2f} GiB are free. Lower limits.kv_pool_tokens, max_num_seqs or "
+            "max_model_len."
+        )
+    builder.build("kv_cache", num_blocks=num_blocks, block_size=block_size)
+    pool: KVPool = builder.build(
+        "kv_pool",
+        shape=shape,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        device=platform.device,
+    )
+    return pool
+
+
+def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Any:
+    builder.build("eviction")
+    parts = SchedulerParts(
+        kv_cache=builder.built["kv_cache"],  # type: ignore[arg-type]
+        prefix_cache=builder.build("prefix_cache"),
+        policy=builder.build("policy"),
+        admission=builder.build("admission"),
+        prefill=builder.build("prefill"),
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    return builder.build("scheduler", parts=parts)
+
+
+def _require(reasons: list[str], what: str) -> None:
+    if reasons:
+        raise UnsupportedError(f"{what} cannot be used: " + "; ".join(reasons) + ".")
+
+
+def _resolve_dtype(name: str, platform: Platform) -> torch.dtype:
+    if name == "auto":
+        return platform.default_dtype()
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+def _resolve_model_len(limits: Limits, spec: ModelSpec) -> int:
+    context = spec.max_position_embeddings
+    if limits.max_model_len > context:
+        raise ConfigError(
+            f"limits.max_model_len={limits.max_model_len} is over the model's context of "
+            f"{context} tokens."
+        )
+    return limits.max_model_len or context
+
+
+def _predict(
+    decoder: Decoder, runner: ModelRunner, token_budget: int, max_num_seqs: int
+) -> dict[str, int]:
+    """Bytes by use. Activations are those of the largest step that the scheduler may plan."""
+    spec = decoder.spec
+    item = decoder.dtype.itemsize
+    parts = runner.parts
+    most_tokens = min(token_budget, parts.pool.num_blocks * parts.pool.block_size)
+    most_logits = max_num_seqs * (1 + parts.drafter.num_lookahead_tokens)
+    return {
+        "weights": decoder.weight_bytes_actual,
+        "rope_tables": decoder.rope_bytes,
+        "kv_pool": parts.pool.num_bytes,
+        "request_table": parts.table.num_bytes,
+        "activations": (most_tokens * _activation_width(spec) + most_logits * spec.vocab_size)
+        * item,
+        "graphs": 0,
+    }
+
+
+def _activation_width(spec: ModelSpec) -> int:
+    """Values a token at the widest point of a layer, the residual stream included."""
+    attention = max(2 * layer.q_size + 2 * layer.kv_size + layer.q_size for layer in spec.layers)
+    return 2 * spec.hidden_size + max(3 * spec.intermediate_size, attention)
+
+
+def _describe(
+    config: EngineConfig,
+    decoder: Decoder,
+    runner: ModelRunner,
+    platform: Platform,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> dict[str, Any]:
+    spec, pool = decoder.spec, runner.parts.pool
+    return {
+        "model": config.source.name,
+        "weights": config.weights,
+        "weights_origin": config.source.origin,
+        "attention": type(runner.parts.attention).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(platform.device),
+        "max_num_seqs": config.limits.max_num_seqs,
+        "max_model_len": max_model_len,
+        "kv_pool_tokens": pool.num_blocks * pool.block_size,
+        "block_size": pool.block_size,
+        "cost": StepCost(
+            weight_bytes=spec.streamed_bytes(dtype),
+            kv_bytes_per_token=type(pool).bytes_per_token(spec.kv_shape(dtype)),
+            flops_per_token=spec.flops_per_token(0),
+        ),
+    }
+
+
+def memory_probe(device: str) -> MemoryProbe:
+    """A probe for a device by name, for tools that report memory."""
+    return MemoryProbe(device)

@@ -1,0 +1,1 @@
+"""Workloads, load generators, metrics, records, gates, statistics and reports."""

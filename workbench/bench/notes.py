@@ -1,0 +1,147 @@
+"""The lines under the table: what each row is, and what its numbers stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from workbench.bench.records import Record
+
+_SHOWN_DETAILS = ("batch_size", "max_num_seqs", "block_size", "num_threads")
+_MAX_PARTS = 5
+
+
+def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list[str]:
+    """Return the footnotes of a table, one numbered line a row and what holds for all of it.
+
+    Parameters
+    ----------
+    with_evidence
+        Also say the evidence, for a table that has no column for it.
+    """
+    lines = []
+    for number, record in enumerate(records, start=1):
+        parts = [*_what(record), *_against(record), *_host(record), *_kv(record)]
+        if with_evidence and record.evidence:
+            found = ", ".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
+            parts.append(f"evidence {found}")
+        lines.append(f"{number} " + "; ".join(parts))
+        if record.error:
+            lines.append(f"  {record.status}: {record.error}")
+    return lines + _general(records)
+
+
+def _what(record: Record) -> list[str]:
+    """Version, attention, precision and the sizes that decide speed."""
+    backend = record.backend
+    parts: list[str] = []
+    if backend:
+        details = backend.get("details", {})
+        shown = [f"{k.removeprefix('num_')} {details[k]}" for k in _SHOWN_DETAILS if k in details]
+        parts.append(
+            ", ".join(
+                [
+                    str(backend["version"]),
+                    f"attention {backend['attention']}",
+                    f"{str(backend['dtype']).removeprefix('torch.')} on {backend['device']}",
+                    *(text.replace("_", " ") for text in shown),
+                ]
+            )
+        )
+    rounds = "round" if record.num_rounds == 1 else "rounds"
+    parts.append(f"{record.num_rounds} {rounds}")
+    epsilon, ties = record.gate.get("epsilon"), record.gate.get("num_ties", 0)
+    if epsilon is not None and ties:
+        parts.append(f"{ties} of {record.gate['num_requests']} outputs tie within {epsilon:g}")
+    return parts
+
+
+def _against(record: Record) -> list[str]:
+    parts = []
+    if record.speedup is not None:
+        p = "" if record.p_value is None else f" (rank test p {_p(record.p_value)})"
+        parts.append(f"speed-up over {record.baseline}{p}")
+    if record.speedup_note:
+        parts.append(record.speedup_note)
+    others = {k: v for k, v in (record.compared or {}).items() if k != record.baseline}
+    if others and record.kind != "baseline":
+        # The smallest of the ratios is the one over the best baseline.
+        name, row = min(others.items(), key=lambda item: item[1]["speedup"])
+        text = f"{row['speedup']:.2f}x {name}"
+        if row["ci95"]:
+            text += f" [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]"
+        parts.append(f"{text} ({row['word']})")
+    return parts
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _host(record: Record) -> list[str]:
+    """Host time a step, with its largest parts."""
+    counters = record.counters
+    if "host_us_per_step" not in counters or record.metrics is None:
+        return []
+    prefix = "us_per_step."
+    split = {k.removeprefix(prefix): v for k, v in counters.items() if k.startswith(prefix)}
+    largest = sorted(split.items(), key=lambda item: -item[1])[:_MAX_PARTS]
+    text = f"host {counters['host_us_per_step']:.0f} µs a step (mean)"
+    if largest:
+        text += ": " + ", ".join(f"{name} {value:.0f}" for name, value in largest)
+    return [text]
+
+
+def _kv(record: Record) -> list[str]:
+    """Share of the reserved KV that no token used, and how near the prediction came."""
+    memory = record.memory or {}
+    parts = []
+    allocated, used = memory.get("kv_allocated_tokens", 0), memory.get("kv_used_tokens", 0)
+    if allocated:
+        text = f"KV waste {100 * (1 - used / allocated):.1f} % at its fullest"
+        if memory.get("kv_mean_waste") is not None:
+            text += f", {100 * memory['kv_mean_waste']:.1f} % on average"
+        parts.append(text)
+    predicted = sum((memory.get("predicted") or {}).values())
+    if predicted:
+        parts.append(f"peak memory {100 * memory['peak_memory_bytes'] / predicted:.0f} % of ledger")
+    return parts
+
+
+def _general(records: Sequence[Record]) -> list[str]:
+    """What holds for the whole table."""
+    lines: list[str] = []
+    lines += _unstable(records)
+    measured = [record for record in records if record.metrics is not None]
+    if measured:
+        lines.append(
+            "Medians over rounds of the same requests, variants alternated; TTFT counts from the "
+            "request's release, so it includes queueing."
+        )
+    ceilings: dict[str, Any] = next((r.ceilings for r in records if r.ceilings), {}) or {}
+    shares = [r.roofline["mbu"] for r in measured if r.roofline and r.roofline.get("mbu")]
+    if ceilings and shares:
+        best = max(ceilings["copy_bytes_s"], ceilings["read_bytes_s"])
+        line = f"MBU: of {best / 1e9:,.1f} GB/s measured here"
+        if any(r.roofline["basis"] == "wall time" for r in measured if r.roofline):
+            line += "; over wall time where a backend does not tell its model time"
+        if max(shares) > 1:
+            line += ". Above 100 %: the ceiling was measured on a busy machine, measure it again"
+        lines.append(line + ".")
+    if any(record.verdict in ("FAILED", "INVALID") for record in records):
+        lines.append("FAILED or INVALID rows have no speed: a number needs a passed check.")
+    return lines
+
+
+def _unstable(records: Sequence[Record]) -> list[str]:
+    """Name the counts that were not the same in every round."""
+    lines = []
+    for number, record in enumerate(records, start=1):
+        names = sorted(record.unstable_counters)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(
+                f"{number} counts differ between rounds: {', '.join(names[:3])}{more}; "
+                "it does not run deterministically."
+            )
+    return lines

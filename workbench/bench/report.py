@@ -1,0 +1,252 @@
+"""What a person and a script get to see of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from workbench.bench.gates import PASSED
+from workbench.bench.jsonsafe import plain
+from workbench.bench.notes import footnotes
+from workbench.bench.records import Record
+from workbench.bench.run import VariantResult
+
+NARROW = 110
+"""Below this many columns the table drops to what decides: speed, memory, speed-up, verdict."""
+
+_NONE = "-"
+
+
+def records_of(results: Sequence[VariantResult | Record]) -> list[Record]:
+    """Return the records of results, which may be records already."""
+    return [r.record if isinstance(r, VariantResult) else r for r in results]
+
+
+def print_table(results: Sequence[VariantResult | Record], console: Console | None = None) -> None:
+    """Print the table and its footnotes.
+
+    Parameters
+    ----------
+    console
+        stdout by default; its width decides the form of the table.
+    """
+    console = console or Console()
+    console.print(render_table(results, console.width))
+
+
+def render_table(results: Sequence[VariantResult | Record], width: int = 120) -> RenderableType:
+    """Build the table and its footnotes for a console of ``width`` columns."""
+    records = records_of(results)
+    is_narrow = width < NARROW
+    table = Table(
+        title=_title(records), title_justify="left", pad_edge=False, collapse_padding=True
+    )
+    table.add_column("variant", overflow="fold", min_width=12)
+    table.add_column("output\ntok/s", justify="right", no_wrap=True)
+    table.add_column("TTFT\np50 ms", justify="right", no_wrap=True)
+    table.add_column("TPOT\np50 ms", justify="right", no_wrap=True)
+    if not is_narrow:
+        table.add_column("ITL ms\np50 / p99", justify="right", no_wrap=True)
+    table.add_column("peak\nmemory", justify="right", no_wrap=True)
+    if not is_narrow:
+        table.add_column("MBU\n%", justify="right", no_wrap=True)
+    table.add_column("speed-up\n[95 % interval]", overflow="fold")
+    table.add_column("correct?", overflow="fold")
+    if not is_narrow:
+        table.add_column("evidence", overflow="fold", ratio=1)
+    for number, record in enumerate(records, start=1):
+        cells = _cells(record, number)
+        if is_narrow:
+            cells = [cells[i] for i in (0, 1, 2, 3, 5, 7, 8)]
+        table.add_row(*cells)
+    lines = footnotes(records, with_evidence=is_narrow)
+    unstored = [r.store_error for r in results if isinstance(r, VariantResult)]
+    lines += [f"! no record written: {error}" for error in unstored if error]
+    return Group(table, *(Text(line, overflow="fold") for line in lines))
+
+
+def _title(records: Sequence[Record]) -> str:
+    if not records:
+        return "no variants"
+    first = records[0]
+    load: dict[str, Any] = next((r.load["settings"] for r in records if r.load.get("settings")), {})
+    parts = [f"workload {first.workload.get('name', '?')}"]
+    if load:
+        kept = [f"{key} {value}" for key, value in load.items() if key not in ("name",)]
+        parts.append(f"load {load.get('name', '?')} ({', '.join(kept).replace('num_', '')})")
+    hardware = first.environment.get("hardware_slug")
+    if hardware:
+        parts.append(hardware)
+    return " · ".join(parts)
+
+
+def _cells(record: Record, number: int) -> list[Text]:
+    metrics = record.metrics or {}
+    memory = (record.memory or {}).get("peak_memory_bytes")
+    mbu = (record.roofline or {}).get("mbu")
+    return [
+        Text(f"{number} {record.variant}"),
+        Text(quantity(_value(metrics, "output_tok_s"))),
+        Text(quantity(_value(metrics, "ttft_ms", "p50"))),
+        Text(quantity(_value(metrics, "tpot_ms", "p50"))),
+        Text(
+            f"{quantity(_value(metrics, 'itl_ms', 'p50'))} / "
+            f"{quantity(_value(metrics, 'itl_ms', 'p99'))}"
+            if metrics
+            else _NONE
+        ),
+        Text(byte_size(memory)),
+        Text(_NONE if mbu is None else f"{100 * mbu:.0f}"),
+        _speedup_cell(record),
+        _verdict_cell(record),
+        Text(_evidence(record)),
+    ]
+
+
+def _value(metrics: Mapping[str, Any], name: str, key: str = "value") -> float | None:
+    return metrics.get(name, {}).get(key)
+
+
+def quantity(value: float | None) -> str:
+    """Write a number with three to four significant figures."""
+    if value is None:
+        return _NONE
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
+
+
+def byte_size(value: int | float | None) -> str:
+    """Write a number of bytes in binary units."""
+    if value is None:
+        return _NONE
+    size = float(value)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _speedup_cell(record: Record) -> Text:
+    if record.speedup is None:
+        return Text("baseline" if record.baseline is None and record.is_passed else _NONE)
+    interval = f" [{record.ci95[0]:.2f}, {record.ci95[1]:.2f}]" if record.ci95 else ""
+    styles = {"faster": "green", "slower": "red"}
+    cell = Text(f"{record.speedup:.2f}x{interval}\n")
+    cell.append(record.word or "", style=styles.get(record.word or "", ""))
+    return cell
+
+
+def _verdict_cell(record: Record) -> Text:
+    if record.verdict not in PASSED:
+        status = "" if record.status.startswith(record.verdict) else f"\n{record.status}"
+        return Text(f"{record.verdict}{status}", style="bold red")
+    cell = Text(record.verdict, style="green")
+    ties = record.gate.get("num_ties")
+    if ties:
+        cell.append(f"\n{ties} ties")
+    if record.status == "INTERRUPTED":
+        cell.append("\nINTERRUPTED", style="yellow")
+    return cell
+
+
+def _evidence(record: Record) -> str:
+    if not record.evidence:
+        return _NONE if record.techniques else ""
+    return "\n".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
+
+
+def exit_status(results: Sequence[VariantResult | Record]) -> int:
+    """Return 0 where every variant passed its gates and was recorded, 1 otherwise.
+
+    A variant that could not run (out of memory, unsupported, interrupted) has passed no gate.
+    """
+    is_stored = all(r.store_error is None for r in results if isinstance(r, VariantResult))
+    is_passed = all(record.is_passed for record in records_of(results))
+    return 0 if results and is_passed and is_stored else 1
+
+
+_LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+
+
+def to_document(
+    results: Sequence[VariantResult | Record], *, figure: str | None = None
+) -> dict[str, Any]:
+    """Build the JSON document of a run: plain data, no NaN and no infinity.
+
+    Parameters
+    ----------
+    figure
+        Path of the figure, where one was drawn.
+
+    Returns
+    -------
+    ``schema``, ``variants`` and what they share. Speed is null where the verdict is ``FAILED`` or
+    ``INVALID``, and so are the percentiles.
+    """
+    records = records_of(results)
+    variants = []
+    for result, record in zip(results, records, strict=True):
+        variant = _variant_document(record)
+        if isinstance(result, VariantResult):
+            variant["record_file"] = str(result.record_file) if result.record_file else None
+            variant["store_error"] = result.store_error
+        variants.append(variant)
+    first = records[0] if records else None
+    document: dict[str, Any] = {
+        "schema": 1,
+        "run_id": first.run_id if first else None,
+        "variants": variants,
+        "workload": first.workload if first else {},
+        "environment": first.environment if first else {},
+        "ceilings": first.ceilings if first else None,
+        "command": first.command if first else "",
+        "figure": figure,
+        "exit_status": exit_status(results),
+    }
+    return dict(plain(document))
+
+
+def _variant_document(record: Record) -> dict[str, Any]:
+    metrics = record.metrics or {}
+    document: dict[str, Any] = {
+        "name": record.variant,
+        "kind": record.kind,
+        "status": record.status,
+        "error": record.error,
+        "verdict": record.verdict,
+        "ties": record.gate.get("num_ties", 0),
+        "output_tok_s": _value(metrics, "output_tok_s"),
+        "total_tok_s": _value(metrics, "total_tok_s"),
+        "request_s": _value(metrics, "request_s"),
+    }
+    for name in _LATENCIES:
+        keys = ("mean", "std", "p50", "p90", "p95", "p99", "n")
+        document[name] = {key: _value(metrics, name, key) for key in keys}
+    document |= {
+        "peak_memory_bytes": (record.memory or {}).get("peak_memory_bytes"),
+        "memory": record.memory,
+        "roofline": record.roofline,
+        "baseline": record.baseline,
+        "speedup": record.speedup,
+        "ci95": list(record.ci95) if record.ci95 else None,
+        "p_value": record.p_value,
+        "compared": record.compared,
+        "word": record.word,
+        "speedup_note": record.speedup_note,
+        "losslessness": record.losslessness,
+        "techniques": sorted(record.techniques),
+        "evidence": record.evidence,
+        "counters": record.counters,
+        "unstable_counters": record.unstable_counters,
+        "rounds": record.num_rounds,
+        "load": record.load,
+        "backend": record.backend,
+        "record_id": record.record_id,
+    }
+    return document

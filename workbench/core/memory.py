@@ -1,0 +1,79 @@
+"""Bytes in use and their peak, on the host or on a CUDA device.
+
+On the host the figure is the process's resident set: Linux keeps its high-water mark in
+``VmHWM``, which writing ``5`` to ``/proc/self/clear_refs`` resets (proc(5)). Where that file is
+missing the peak is sampled instead, and ``exact_peak`` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _status_bytes(key: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+class MemoryProbe:
+    """Current and peak bytes of one device.
+
+    Parameters
+    ----------
+    device
+        ``cpu`` measures this process's resident set, ``cuda`` the allocator's bytes.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.exact_peak = self.device.type == "cuda" or (_STATUS.exists() and _CLEAR_REFS.exists())
+        self._sampled_peak = 0
+
+    def trim(self) -> None:
+        """Give freed memory back to the system, so that the next reading counts what is held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            return
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # not glibc: freed pages may stay counted
+            pass
+
+    def current_bytes(self) -> int:
+        """Bytes held now."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        now = psutil.Process().memory_info().rss
+        self._sampled_peak = max(self._sampled_peak, now)
+        return int(now)
+
+    def reset_peak(self) -> None:
+        """Start a new peak at what is held now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self._sampled_peak = 0
+        if self.exact_peak:
+            try:
+                _CLEAR_REFS.write_text("5")
+            except OSError:
+                self.exact_peak = False
+        self.current_bytes()
+
+    def peak_bytes(self) -> int:
+        """Highest number of bytes held since :meth:`reset_peak`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self.current_bytes()
+        return _status_bytes("VmHWM:") if self.exact_peak else self._sampled_peak

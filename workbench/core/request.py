@@ -1,0 +1,81 @@
+"""A request and its progress."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from workbench.core.sampling import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to be generated. Mutable, owned by the scheduler.
+
+    Prefill, chunks, prefix hits, decode and verification are the same arithmetic:
+    ``num_computed_tokens`` catches up with ``num_tokens + len(draft_token_ids)``.
+
+    Attributes
+    ----------
+    num_computed_tokens
+        Tokens whose KV is written and valid.
+    num_cached_tokens
+        Of those, tokens that came from a prefix cache.
+    draft_token_ids
+        Proposed continuation that the next step will verify; not part of ``num_tokens``.
+    extra_keys
+        What beside token ids a cached prefix depends on (adapter id, image hash, tenant salt).
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    arrival_s: float = 0.0
+    priority: int = 0
+    extra_keys: tuple[str, ...] = ()
+    output_token_ids: list[int] = field(default_factory=list)
+    draft_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    max_total_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and accepted output, drafts apart."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output ids, as a new list."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be generated."""
+        return self.status is RequestStatus.FINISHED

@@ -1,0 +1,1 @@
+"""The step loop, the request table and the model runner."""

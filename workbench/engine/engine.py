@@ -1,0 +1,308 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from workbench.core.errors import RequestError
+from workbench.core.outputs import CompletionOutput, RequestOutput
+from workbench.core.request import FinishReason, Request
+from workbench.core.sampling import SamplingParams
+from workbench.core.step import StepRecord
+from workbench.engine.ledger import Ledger
+from workbench.engine.output import RequestState, StopStringScan, Tokenizer
+from workbench.slots.component import Component
+from workbench.slots.executor import Executor
+from workbench.slots.loop import FinishedStep, Loop
+from workbench.slots.scheduler import RequestUpdate, Scheduler
+
+#: A prompt: text, token ids, or chat messages (``[{"role": ..., "content": ...}]``).
+Prompt: TypeAlias = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """The components that an engine drives, and what it must know of the model."""
+
+    scheduler: Scheduler
+    executor: Executor
+    loop: Loop
+    components: dict[str, Component]
+    ledger: Ledger
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    max_model_len: int
+    seed: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """Serves requests with whatever components it was assembled from.
+
+    Built by :func:`workbench.build_engine`. Not safe for use from several threads.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self.tokenizer = parts.tokenizer
+        # Bounded, so that a server may run for days; a bench run stays far under it.
+        self.steps: deque[StepRecord] = deque(maxlen=1 << 18)
+        self._states: dict[str, RequestState] = {}
+        self._child_of: dict[str, tuple[RequestState, int]] = {}
+        self._ids = itertools.count()
+        self._seeds = itertools.count(parts.seed)
+
+    # -- in -----------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a prompt; its tokens come out of :meth:`step`.
+
+        Raises
+        ------
+        RequestError
+            The prompt or a sampling parameter is not valid, or the request could never be held.
+        """
+        sampling = sampling or SamplingParams()
+        sampling.validate()
+        token_ids = self._tokenize(prompt)
+        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if request_id in self._states:
+            raise RequestError(f"request id {request_id!r} is in use already.")
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this engine has none.")
+        children = [
+            request_id if sampling.n == 1 else f"{request_id}#{k}" for k in range(sampling.n)
+        ]
+        state = RequestState(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            child_ids=children,
+            completions=[CompletionOutput(index=k, token_ids=[]) for k in range(sampling.n)],
+            scan=StopStringScan(sampling.stop, self.tokenizer)
+            if sampling.stop and self.tokenizer
+            else None,
+        )
+        base = sampling.seed if sampling.seed is not None else next(self._seeds)
+        for k, child in enumerate(children):
+            self.parts.scheduler.add(
+                Request(
+                    request_id=child,
+                    prompt_token_ids=token_ids,
+                    sampling=dataclasses.replace(sampling, seed=_child_seed(base, k)),
+                    eos_token_ids=self.parts.eos_token_ids,
+                    arrival_s=time.perf_counter(),
+                )
+            )
+            self._child_of[child] = (state, k)
+        self._states[request_id] = state
+        return request_id
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("text prompts need a tokenizer; give token ids instead.")
+            token_ids = self.tokenizer.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], dict):
+            template = getattr(self.tokenizer, "apply_chat_template", None)
+            if template is None:
+                raise RequestError("chat messages need a tokenizer with a chat template.")
+            text = template(prompt, tokenize=False, add_generation_prompt=True)
+            assert self.tokenizer is not None
+            token_ids = self.tokenizer.encode(text)
+        else:
+            token_ids = [int(t) for t in prompt]  # type: ignore[call-overload]
+        if not token_ids:
+            raise RequestError("the prompt is empty: it must hold at least one token.")
+        vocab = self.parts.vocab_size
+        bad = [t for t in token_ids if not 0 <= t < vocab]
+        if bad:
+            raise RequestError(
+                f"token id {bad[0]} is outside the vocabulary: ids must be 0 to {vocab - 1}."
+            )
+        return list(token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it stands; what it held is freed. Unknown ids are ignored."""
+        state = self._states.pop(request_id, None)
+        if state is None:
+            return
+        for child in state.child_ids:
+            self.parts.scheduler.finish(child, FinishReason.ABORT)
+            self._child_of.pop(child, None)
+
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._states)
+
+    def unfinished_ids(self) -> list[str]:
+        """Ids of requests that wait or run."""
+        return list(self._states)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; what it added to which request. Empty where nothing could run."""
+        began = time.perf_counter()
+        parts = self.parts
+        done = parts.loop.step(parts.scheduler, parts.executor)
+        if done is None:
+            return []
+        returned = time.perf_counter()
+        updates = parts.scheduler.update_from_output(done.plan, done.result)
+        parts.ledger.observe(parts.scheduler.parts.kv_cache.usage())
+        updated = time.perf_counter()
+        outputs = [out for update in updates if (out := self._book(update)) is not None]
+        self._record(done, updates, began, returned, updated)
+        return outputs
+
+    def _book(self, update: RequestUpdate) -> RequestOutput | None:
+        request = update.request
+        entry = self._child_of.get(request.request_id)
+        if entry is None:
+            return None
+        state, index = entry
+        stopped = state.append(index, update.new_token_ids, update.logprobs)
+        if stopped is not None:
+            self.parts.scheduler.finish(request.request_id, FinishReason.STOP, stopped[0])
+        if stopped is not None or request.is_finished:
+            state.end(index, request, self.tokenizer, stopped)
+            del self._child_of[request.request_id]
+        if state.finished:
+            del self._states[state.request_id]
+        return state.output(tuple(update.new_token_ids))
+
+    def _record(
+        self,
+        done: FinishedStep,
+        updates: list[RequestUpdate],
+        began: float,
+        returned: float,
+        updated: float,
+    ) -> None:
+        plan, result = done.plan, done.result
+        parts_us = dict(result.timings_us)
+        device_us = parts_us.get("model", 0.0) + parts_us.get("sample", 0.0)
+        parts_us["schedule"] = max(0.0, (returned - began) * 1e6 - sum(parts_us.values()))
+        parts_us["update"] = (updated - returned) * 1e6
+        parts_us["output"] = (time.perf_counter() - updated) * 1e6
+        num_output = sum(len(u.new_token_ids) for u in updates)
+        num_tokens = plan.total_num_scheduled_tokens
+        num_drafts = sum(plan.num_draft_tokens)
+        sampled = sum(len(t) for t in result.token_ids)
+        num_sampling = sum(plan.samples)
+        self.steps.append(
+            StepRecord(
+                step=plan.step,
+                num_requests=len(plan.request_ids),
+                num_scheduled_tokens=num_tokens,
+                num_prompt_tokens=num_tokens - num_drafts - num_sampling,
+                num_cached_tokens=plan.num_cached_tokens,
+                num_padded_tokens=result.num_padded_tokens,
+                num_draft_tokens=num_drafts,
+                num_accepted_tokens=sampled - num_sampling,
+                num_output_tokens=num_output,
+                num_idle_rows=plan.num_idle_rows,
+                num_context_tokens=sum(result.context_lens),
+                graph_mode=result.graph_mode,
+                host_us=sum(parts_us.values()) - device_us,
+                device_us=device_us,
+                parts_us=parts_us,
+            )
+        )
+
+    # -- out ----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Serve prompts to the end; outputs in the order of the prompts.
+
+        A prompt that cannot be served comes back with ``error`` set, and the others finish.
+
+        Parameters
+        ----------
+        prompts
+            One prompt or several: text, token ids or chat messages.
+        sampling
+            For all prompts, or one each.
+        """
+        listed = _as_list(prompts)
+        if sampling is None or isinstance(sampling, SamplingParams):
+            each: Iterable[SamplingParams | None] = [sampling] * len(listed)
+        else:
+            each = list(sampling)
+            if len(sampling) != len(listed):
+                raise RequestError(
+                    f"{len(listed)} prompts but {len(sampling)} sampling parameters: give one "
+                    "for all, or one each."
+                )
+        results: dict[str, RequestOutput] = {}
+        order = []
+        for prompt, params in zip(listed, each, strict=True):
+            request_id = f"request-{next(self._ids)}"
+            order.append(request_id)
+            try:
+                self.add_request(prompt, params, request_id)
+            except RequestError as error:
+                results[request_id] = RequestOutput(
+                    request_id, [], [], finished=True, error=str(error)
+                )
+        try:
+            while any(i not in results for i in order):
+                for output in self.step():
+                    if output.finished:
+                        results[output.request_id] = output
+        except BaseException:
+            for request_id in order:
+                self.abort(request_id)
+            raise
+        return [results[i] for i in order]
+
+    # -- what happened --------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, float]:
+        """Counters of all components since :meth:`reset_counters`, as ``slot.counter``."""
+        merged: dict[str, float] = {}
+        for slot, component in self.parts.components.items():
+            for name, value in component.counters().items():
+                merged[f"{slot}.{name}"] = value
+        return merged
+
+    def reset_counters(self) -> None:
+        """Set all counters to zero and forget past steps."""
+        for component in self.parts.components.values():
+            component.reset_counters()
+        self.steps.clear()
+        self.parts.ledger.reset()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the engine's books contradict each other."""
+        self.parts.scheduler.check_integrity()
+
+
+def _child_seed(base: int, index: int) -> int:
+    """Seeds of a request's completions: apart from each other, and within int64."""
+    return (base + index * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Tell one prompt from several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], int | dict):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""State of running requests in fixed rows on the device.
+
+A request owns one row from its first step to its last; a step gathers the rows it needs. What a
+forward pass reads (token ids, progress, block tables) is here and not in per-step tensors, so a
+steady decode step needs nothing from the host but which rows run (as vLLM's second model runner
+and mini-sglang do it).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from workbench.core.sampling import SamplingParams
+from workbench.core.step import NewRequest
+
+
+class RequestTable:
+    """Rows ``0 .. max_num_seqs - 1``, and one more that padding may write to.
+
+    Parameters
+    ----------
+    max_num_seqs
+        Requests at once.
+    max_model_len
+        Tokens a request.
+    num_lookahead_tokens
+        Drafts that may stand behind a request's last token.
+    num_block_columns
+        Blocks a request.
+
+    Attributes
+    ----------
+    token_ids : Tensor[R + 1, max_model_len + lookahead + 1] int32
+        Known tokens and, behind them, drafts. The last column takes what is not to be kept.
+    num_computed_tokens : Tensor[R + 1] int64
+    block_table : Tensor[R + 1, P] int32
+    seeds : Tensor[R + 1] int64
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_lookahead_tokens: int,
+        num_block_columns: int,
+        device: torch.device,
+    ) -> None:
+        rows, width = max_num_seqs + 1, max_model_len + num_lookahead_tokens + 1
+        self.device = device
+        self.trash_column = width - 1
+        self.token_ids = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self.num_computed_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(rows, num_block_columns, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        # What the host needs of a row. On the CPU the token ids are the same memory.
+        self._shares_memory = device.type == "cpu"
+        self.host_token_ids: np.ndarray = (
+            self.token_ids.numpy() if self._shares_memory else np.zeros((rows, width), np.int32)
+        )
+        self.params: list[SamplingParams | None] = [None] * rows
+        self.num_prompt_tokens = [0] * rows
+        self.num_tokens = [0] * rows
+        self.num_computed_host = [0] * rows
+        self.num_blocks = [0] * rows
+        self.row_of: dict[str, int] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._elaborate: set[int] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held on the device."""
+        held = (self.token_ids, self.num_computed_tokens, self.block_table, self.seeds)
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def all_plain_greedy(self) -> bool:
+        """Whether no row draws at random, has penalties or wants log-probabilities."""
+        return not self._elaborate
+
+    def add(self, new: NewRequest) -> int:
+        """Give a request a row and fill it; returns the row."""
+        row = self._free_rows.pop()
+        self.row_of[new.request_id] = row
+        count = len(new.token_ids)
+        self._write_tokens(row, 0, np.asarray(new.token_ids, np.int32))
+        self.num_computed_tokens[row] = new.num_computed_tokens
+        self.num_computed_host[row] = new.num_computed_tokens
+        self.seeds[row] = new.seed
+        self.params[row] = new.sampling
+        self.num_prompt_tokens[row] = new.num_prompt_tokens
+        self.num_tokens[row] = count
+        self.num_blocks[row] = 0
+        self.append_blocks(row, new.block_ids)
+        p = new.sampling
+        if not p.is_greedy or p.has_penalties or p.logprobs is not None:
+            self._elaborate.add(row)
+        return row
+
+    def remove(self, request_id: str) -> None:
+        """Free a request's row."""
+        row = self.row_of.pop(request_id, None)
+        if row is None:
+            return
+        self.params[row] = None
+        self._elaborate.discard(row)
+        self._free_rows.append(row)
+
+    def append_blocks(self, row: int, block_ids: list[int]) -> None:
+        """Extend a row's block table."""
+        if not block_ids:
+            return
+        first = self.num_blocks[row]
+        blocks = torch.tensor(block_ids, dtype=torch.int32)
+        self.block_table[row, first : first + len(block_ids)] = blocks.to(self.device)
+        self.num_blocks[row] = first + len(block_ids)
+
+    def write_drafts(self, row: int, drafts: list[int]) -> None:
+        """Put drafts behind a row's last known token."""
+        if drafts:
+            self._write_tokens(row, self.num_tokens[row], np.asarray(drafts, np.int32))
+
+    def note_tokens(self, row: int, token_ids: list[int]) -> None:
+        """Bring the host's copy up with tokens that the device wrote itself."""
+        count = self.num_tokens[row]
+        if not self._shares_memory:
+            self.host_token_ids[row, count : count + len(token_ids)] = token_ids
+        self.num_tokens[row] = count + len(token_ids)
+
+    def known_tokens(self, row: int) -> np.ndarray:
+        """Host view of a row's known tokens, int32 ``[n]``; not to be written."""
+        return self.host_token_ids[row, : self.num_tokens[row]]
+
+    def _write_tokens(self, row: int, first: int, tokens: np.ndarray) -> None:
+        self.host_token_ids[row, first : first + len(tokens)] = tokens
+        if not self._shares_memory:
+            self.token_ids[row, first : first + len(tokens)] = torch.from_numpy(tokens).to(
+                self.device
+            )

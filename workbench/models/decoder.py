@@ -1,0 +1,278 @@
+"""One decoder for every family: what differs between them stands in the :class:`ModelSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import kernels
+from workbench.core.step import ForwardBatch
+from workbench.models.families import WeightNames
+from workbench.models.spec import ModelSpec
+from workbench.slots.adapters import Adapters, NoAdapters
+from workbench.slots.attention import ForwardContext
+from workbench.slots.kv_pool import RopeInputs
+from workbench.slots.linear import LinearLayer, LinearMethod
+from workbench.slots.parallel import Parallel, SingleDevice
+
+ApplyLinear = Callable[[LinearLayer, torch.Tensor], torch.Tensor]
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": kernels.silu_and_mul,
+    "gelu_pytorch_tanh": kernels.gelu_tanh_and_mul,
+}
+
+
+class DecoderLayer:
+    """Attention and a gated feed-forward block, each behind a norm.
+
+    The norm in front of attention is applied by whoever calls :meth:`forward`, because it is fused
+    with the residual addition of the layer before. The loader fills the norm weights and the
+    linear layers.
+
+    Attributes
+    ----------
+    attention_norm, mlp_norm : Tensor [H]
+        Weights of the norms before attention and before the feed-forward block.
+    q_norm, k_norm : Tensor [D] or None
+        Weights of the per-head norms.
+    """
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    rope: RopeInputs
+
+    def __init__(
+        self, spec: ModelSpec, index: int, names: WeightNames, all_reduce: Callable[..., Any]
+    ) -> None:
+        layer = spec.layers[index]
+        self.index = index
+        self.attention = layer.attention
+        self.eps, self.offset = spec.norm_eps, spec.norm_offset
+        self.q_norm: torch.Tensor | None = None
+        self.k_norm: torch.Tensor | None = None
+        self.activation = _ACTIVATIONS[spec.activation]
+        self.all_reduce = all_reduce
+
+        def linear(name: str, width: int, bias: bool, **shards: int) -> LinearLayer:
+            stacked = tuple((names.of_layer(index, part), rows) for part, rows in shards.items())
+            return LinearLayer(
+                f"layers.{index}.{name}", width, sum(shards.values()), stacked, has_bias=bias
+            )
+
+        hidden, inner, q, kv = spec.hidden_size, spec.intermediate_size, layer.q_size, layer.kv_size
+        self.qkv_proj = linear("qkv_proj", hidden, spec.qkv_bias, q_proj=q, k_proj=kv, v_proj=kv)
+        self.o_proj = linear("o_proj", q, spec.o_bias, o_proj=hidden)
+        self.gate_up_proj = linear(
+            "gate_up_proj", hidden, spec.mlp_bias, gate_proj=inner, up_proj=inner
+        )
+        self.down_proj = linear("down_proj", inner, spec.mlp_bias, down_proj=hidden)
+
+    @property
+    def linears(self) -> tuple[LinearLayer, ...]:
+        """The layer's linear layers."""
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
+    def bind_rope(self, cos_sin: torch.Tensor) -> None:
+        """Take the rotary table and, the norm weights being loaded, make the pool's inputs."""
+        self.rope = RopeInputs(cos_sin, self.q_norm, self.k_norm, self.eps, self.offset)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        context: ForwardContext,
+        apply: ApplyLinear,
+    ) -> torch.Tensor:
+        """Run the layer on normed ``x[T, H]``; what comes back is still to be added to
+        ``residual[T, H]``, to which attention's output has been added in place."""
+        batch = context.batch
+        qkv = apply(self.qkv_proj, x)
+        q = context.pool.rotate_and_write(
+            self.index,
+            qkv,
+            batch.positions,
+            batch.slot_mapping,
+            self.attention.num_heads,
+            self.rope,
+        )
+        x = context.attention.forward(q, self.attention, context.metadata, context.pool)
+        x = self.all_reduce(apply(self.o_proj, x.flatten(1)), "tp")
+        x = self.add_attention(x, residual)
+        x = self.activation(apply(self.gate_up_proj, x))
+        return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
+
+    def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add attention's output to the residual in place; the feed-forward block's input."""
+        return kernels.add_rms_norm_(x, residual, self.mlp_norm, self.eps, offset=self.offset)
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """What happens to the feed-forward block's output before it joins the residual."""
+        return x
+
+
+class SandwichLayer(DecoderLayer):
+    """A layer with a norm after attention and after the feed-forward block as well (Gemma 3).
+
+    Attributes
+    ----------
+    attention_out_norm, mlp_out_norm : Tensor [H]
+    """
+
+    attention_out_norm: torch.Tensor
+    mlp_out_norm: torch.Tensor
+
+    def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        x = kernels.rms_norm(x, self.attention_out_norm, self.eps, offset=self.offset)
+        return super().add_attention(x, residual)
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.rms_norm(x, self.mlp_out_norm, self.eps, offset=self.offset)
+
+
+_LAYER_CLASSES: dict[str, type[DecoderLayer]] = {"pre": DecoderLayer, "sandwich": SandwichLayer}
+
+
+class Decoder:
+    """A model that can run; made by :func:`workbench.models.loader.load_model`.
+
+    Attributes
+    ----------
+    embedding : Tensor [V, H]
+    final_norm : Tensor [H]
+    lm_head : LinearLayer
+        With a tied head its ``weight`` is ``embedding`` itself until the linear method packs it.
+    """
+
+    embedding: torch.Tensor
+    final_norm: torch.Tensor
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        names: WeightNames,
+        *,
+        linear: LinearMethod,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Adapters | None = None,
+        parallel: Parallel | None = None,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.linear = linear
+        self.adapters = NoAdapters() if adapters is None else adapters
+        self.parallel = SingleDevice() if parallel is None else parallel
+        layer_class = _LAYER_CLASSES[spec.norm_style]
+        self.layers = [
+            layer_class(spec, index, names, self.parallel.all_reduce)
+            for index in range(spec.num_layers)
+        ]
+        head = names.embedding if spec.tie_word_embeddings else names.head
+        self.lm_head = LinearLayer(
+            "lm_head", spec.hidden_size, spec.vocab_size, ((head, spec.vocab_size),)
+        )
+        # Transformers rounds the scale to the model's dtype before it multiplies, so sqrt(3072)
+        # is 55.5 in bfloat16.
+        scale = spec.embedding_scale
+        self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype).item()
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of ``input_ids[T]``, scaled; a new tensor ``[T, H]``."""
+        x = kernels.embedding(self.embedding, input_ids)
+        return x if self._embedding_scale is None else x.mul_(self._embedding_scale)
+
+    def forward(self, batch: ForwardBatch, context: ForwardContext) -> torch.Tensor:
+        """Run every layer on a batch and write its KV to the pool.
+
+        Parameters
+        ----------
+        batch
+            Tokens of the step; ``context.batch`` is the same object.
+        context
+            Attention backend with its metadata for this step, and the KV pool.
+
+        Returns
+        -------
+        Tensor [T, H]
+            The residual stream **before** the final norm. Norm and head run in
+            :meth:`compute_logits`, so that they only see the rows whose logits are wanted.
+        """
+        apply = self._apply_adapted if self.adapters.active else self.linear.apply
+        eps, offset = self.spec.norm_eps, self.spec.norm_offset
+        residual = self.embed(batch.input_ids)
+        x = kernels.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
+        for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            x = layer.forward(x, residual, context, apply)
+            x = kernels.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
+        return residual.add_(self.layers[-1].forward(x, residual, context, apply))
+
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm of ``hidden[L, H]``, as :meth:`forward` returns it; ``[L, H]``."""
+        return kernels.rms_norm(
+            hidden, self.final_norm, self.spec.norm_eps, offset=self.spec.norm_offset
+        )
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[L, V]`` in the model's dtype, from rows ``[L, H]`` of :meth:`forward`."""
+        logits = self.linear.apply(self.lm_head, self.normalize(hidden))
+        cap = self.spec.logit_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _apply_adapted(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        return self.adapters.apply(layer, x, self.linear.apply(layer, x))
+
+    # -- what it is made of -------------------------------------------------------------------
+
+    def linear_layers(self) -> Iterator[LinearLayer]:
+        """Every linear layer, in the order of the forward pass, the head last."""
+        for layer in self.layers:
+            yield from layer.linears
+        yield self.lm_head
+
+    @property
+    def weight_bytes_actual(self) -> int:
+        """Bytes that the weights take in memory, each stretch of memory counted once.
+
+        More than ``spec.weight_bytes(dtype)`` where a tied head is packed beside the embedding.
+        """
+        seen: dict[int, int] = {}
+        for layer in self.layers:
+            for value in vars(layer).values():
+                _collect_bytes(value, seen)
+        for value in (self.embedding, self.final_norm, self.lm_head):
+            _collect_bytes(value, seen)
+        return sum(seen.values())
+
+    @property
+    def rope_bytes(self) -> int:
+        """Bytes of the rotary tables."""
+        tables = {id(layer.rope.cos_sin): layer.rope.cos_sin for layer in self.layers}
+        return sum(table.numel() * table.element_size() for table in tables.values())
+
+
+def _collect_bytes(value: Any, seen: dict[int, int]) -> None:
+    """Add the memory behind every tensor of ``value`` to ``seen``, keyed by where it lies."""
+    if isinstance(value, torch.Tensor):
+        if value.is_mkldnn:  # opaque: it has no storage to ask
+            seen[id(value)] = value.numel() * value.element_size()
+        else:
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, RopeInputs):
+        return  # a table of angles, and norm weights that the layer holds itself
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _collect_bytes(getattr(value, field.name), seen)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect_bytes(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _collect_bytes(item, seen)

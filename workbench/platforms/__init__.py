@@ -1,0 +1,1 @@
+"""Devices beside the host's own processor."""

@@ -1,0 +1,1 @@
+"""The slots of the engine: one file a slot, its interface and its null object."""

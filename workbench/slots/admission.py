@@ -1,0 +1,23 @@
+"""Slot ``admission``: how much KV a request must find before it may start."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from workbench.core.request import Request
+from workbench.slots.component import Component
+
+
+class Admission(Component):
+    """How many token slots to promise a request when it is admitted."""
+
+    @abstractmethod
+    def reserve_tokens(self, request: Request) -> int:
+        """Tokens to reserve. The KV manager keeps the promise: later growth within it succeeds."""
+
+
+class ReserveFull(Admission):
+    """Reserve prompt and all of ``max_tokens``, so that nothing is ever pre-empted: the null object."""
+
+    def reserve_tokens(self, request: Request) -> int:
+        return request.max_total_tokens

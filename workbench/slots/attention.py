@@ -1,0 +1,110 @@
+"""Slot ``attention``: queries against the paged KV pool."""
+
+from __future__ import annotations
+
+import enum
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kernels
+from workbench.core.step import ForwardBatch
+from workbench.slots.component import Component
+from workbench.slots.kv_pool import KVPool
+
+
+class CudaGraphSupport(enum.IntEnum):
+    """What batches a backend can run inside a captured graph, weakest first."""
+
+    NEVER = 0
+    UNIFORM_SINGLE_TOKEN = 1
+    UNIFORM_BATCH = 2
+    ALWAYS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """What a backend must know of one attention layer.
+
+    Attributes
+    ----------
+    scale
+        Factor on the dot products.
+    sliding_window
+        Tokens a query sees, itself included; None sees all.
+    soft_cap
+        ``soft_cap * tanh(score / soft_cap)`` on the scores; None leaves them.
+    """
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+class AttentionBackend(Component):
+    """Computes attention over what the KV pool holds. Never writes to the pool."""
+
+    cudagraph_support: CudaGraphSupport = CudaGraphSupport.NEVER
+
+    @abstractmethod
+    def build_metadata(self, batch: ForwardBatch) -> Any:
+        """Prepare what all layers of this step share. Called once a step, may use host lists of
+        the batch, must not wait for the device."""
+
+    @abstractmethod
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: Any, pool: KVPool
+    ) -> torch.Tensor:
+        """Causal attention of ``q[T, Hq, D]`` over each request's context; ``[T, Hq, D]``.
+
+        The KV of this step's own tokens is in the pool already.
+        """
+
+    @abstractmethod
+    def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
+        """Why this backend cannot serve the model here; empty when it can."""
+
+
+class SdpaAttention(AttentionBackend):
+    """The reference: torch's scaled dot-product attention over gathered blocks, on every device,
+    with the CPU's own paged kernel where ``kernels`` has one. The null object."""
+
+    def build_metadata(self, batch: ForwardBatch) -> ForwardBatch:
+        return batch
+
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: ForwardBatch, pool: KVPool
+    ) -> torch.Tensor:
+        k_cache, v_cache = pool.layer(layer.index)
+        return kernels.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            scale=layer.scale,
+            sliding_window=layer.sliding_window,
+            soft_cap=layer.soft_cap,
+            query_lens=metadata.query_lens_host,
+            seq_lens_list=metadata.seq_lens_host,
+        )
+
+    def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
+        return []
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What the layers of a model need beside hidden states, for one forward pass."""
+
+    batch: ForwardBatch
+    attention: AttentionBackend
+    metadata: Any
+    pool: KVPool

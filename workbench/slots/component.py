@@ -1,0 +1,31 @@
+"""What every component of the engine shares: a frozen config beside its class, and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class NoConfig:
+    """A component without options."""
+
+
+class Component:
+    """Base of everything that fills a slot.
+
+    A component is built as ``Class(Config(...), <runtime objects by keyword>)`` and nowhere but in
+    ``workbench.assemble``. ``Config`` is its whole configuration, resolved and never mutated.
+    """
+
+    Config: ClassVar[type[Any]] = NoConfig
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    def counters(self) -> dict[str, float]:
+        """Counts since the last :meth:`reset_counters`, the evidence that the component ran."""
+        return {}
+
+    def reset_counters(self) -> None:
+        """Set every counter to zero."""

@@ -1,0 +1,145 @@
+"""Slot ``kv_cache``: which blocks of the KV pool belong to which request."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from workbench.slots.component import Component
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """Token slots at one moment. ``allocated - used`` is what fragmentation wastes."""
+
+    total_tokens: int
+    allocated_tokens: int
+    used_tokens: int
+
+    @property
+    def waste(self) -> float:
+        """Share of allocated slots that hold no token, 0 when nothing is allocated."""
+        if not self.allocated_tokens:
+            return 0.0
+        return 1.0 - self.used_tokens / self.allocated_tokens
+
+
+class KVCacheManager(Component):
+    """Owns the pool's blocks: hands them to requests and takes them back.
+
+    Only the scheduler calls it. Block ids are ``0 .. num_blocks - 1``; slot ``s`` of a request
+    lives at ``block_ids[s // block_size] * block_size + s % block_size``.
+    """
+
+    block_size: int
+    num_blocks: int
+
+    @classmethod
+    @abstractmethod
+    def choose_block_size(cls, config: object, max_model_len: int) -> int:
+        """Tokens a block, before the pool exists."""
+
+    @abstractmethod
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a request of ``num_tokens`` could ever be held, were the pool empty."""
+
+    @abstractmethod
+    def admit(self, request_id: str, reserve_tokens: int) -> bool:
+        """Promise ``reserve_tokens`` slots to a new request, or return False and change nothing."""
+
+    @abstractmethod
+    def allocate_slots(self, request_id: str, num_tokens: int) -> list[int] | None:
+        """Grow a request's blocks to hold ``num_tokens`` tokens in all.
+
+        Returns the block ids that were added (often none), or None, with nothing changed, where
+        the pool has no room. Within the promise of :meth:`admit` it never returns None.
+        """
+
+    @abstractmethod
+    def free(self, request_id: str) -> None:
+        """Take back all blocks and the promise. Unknown ids are ignored (abort before admission)."""
+
+    @abstractmethod
+    def usage(self) -> KVUsage:
+        """Slots in use now, in O(1)."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless free + used == total and no block has two owners."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContiguousConfig:
+    """Options of :class:`Contiguous`: none; a region is always ``max_model_len`` long."""
+
+
+class Contiguous(KVCacheManager):
+    """One region of ``max_model_len`` tokens a request: the null object.
+
+    It is what serving systems did before paging (Kwon et al. 2023, arXiv:2309.06180, section 3):
+    a region is one block, so the rest of the engine sees the same arithmetic.
+    """
+
+    Config = ContiguousConfig
+
+    def __init__(self, config: ContiguousConfig, *, num_blocks: int, block_size: int) -> None:
+        super().__init__(config)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._owner: dict[str, int] = {}
+        self._num_tokens: dict[str, int] = {}
+        self._used_tokens = 0
+        self._regions_allocated = 0
+
+    @classmethod
+    def choose_block_size(cls, config: object, max_model_len: int) -> int:
+        return max_model_len
+
+    def fits(self, num_tokens: int) -> bool:
+        return self.num_blocks > 0 and num_tokens <= self.block_size
+
+    def admit(self, request_id: str, reserve_tokens: int) -> bool:
+        if not self._free or reserve_tokens > self.block_size:
+            return False
+        self._num_tokens[request_id] = 0
+        # The region is taken at once, but told to the caller by the first allocate_slots.
+        self._owner[request_id] = self._free.pop()
+        self._regions_allocated += 1
+        return True
+
+    def allocate_slots(self, request_id: str, num_tokens: int) -> list[int] | None:
+        if num_tokens > self.block_size:
+            return None
+        before = self._num_tokens[request_id]
+        if num_tokens > before:
+            self._num_tokens[request_id] = num_tokens
+            self._used_tokens += num_tokens - before
+        return [self._owner[request_id]] if before == 0 else []
+
+    def free(self, request_id: str) -> None:
+        region = self._owner.pop(request_id, None)
+        if region is None:
+            return
+        self._free.append(region)
+        self._used_tokens -= self._num_tokens.pop(request_id)
+
+    def usage(self) -> KVUsage:
+        return KVUsage(
+            total_tokens=self.num_blocks * self.block_size,
+            allocated_tokens=len(self._owner) * self.block_size,
+            used_tokens=self._used_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        owned = list(self._owner.values())
+        assert len(self._free) + len(owned) == self.num_blocks, "regions lost or made up"
+        assert set(self._free).isdisjoint(owned), "a region is free and owned"
+        assert len(set(owned)) == len(owned), "a region has two owners"
+        assert self._used_tokens == sum(self._num_tokens.values()), "used tokens miscounted"
+
+    def counters(self) -> dict[str, float]:
+        return {"regions_allocated": self._regions_allocated}
+
+    def reset_counters(self) -> None:
+        self._regions_allocated = 0

@@ -1,0 +1,86 @@
+"""Slot ``linear``: how weights of linear layers are stored and multiplied."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import kernels
+from workbench.slots.component import Component
+
+
+@dataclass(slots=True)
+class LinearLayer:
+    """One linear layer, ``y = x W^T + b``.
+
+    Attributes
+    ----------
+    name
+        Name within the model, such as ``layers.3.qkv_proj``; schemes select layers by it.
+    shards
+        Names and widths of the checkpoint's layers that are stacked along the output.
+    params
+        What the loader fills, by the checkpoint's suffix (``weight``, ``bias``, …).
+    state
+        What ``apply`` uses, made by ``process_weights_after_loading``.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    shards: tuple[tuple[str, int], ...]
+    has_bias: bool = False
+    params: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: Any = None
+
+
+class LinearMethod(Component):
+    """One scheme for linear layers. The model calls ``apply`` and knows nothing else."""
+
+    #: Bound on the relative error of the layer's output that the scheme declares; 0 is exact.
+    error_bound: float = 0.0
+
+    @abstractmethod
+    def create_weights(
+        self, layer: LinearLayer, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Fill ``layer.params`` with empty tensors of the shapes that the checkpoint has."""
+
+    @abstractmethod
+    def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
+        """Turn ``params`` into ``state``; ``params`` that are no longer needed are dropped.
+
+        Parameters
+        ----------
+        expected_tokens
+            Rows of a typical input, a hint for packing.
+        """
+
+    @abstractmethod
+    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        """``x[T, in_features]`` to ``[T, out_features]``."""
+
+
+class DenseLinear(LinearMethod):
+    """Weights in the model's dtype: the null object.
+
+    On the CPU they are packed once into the layout that the matrix library computes in.
+    """
+
+    def create_weights(
+        self, layer: LinearLayer, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layer.out_features, layer.in_features)
+        layer.params["weight"] = torch.empty(shape, dtype=dtype, device=device)
+        if layer.has_bias:
+            layer.params["bias"] = torch.empty(layer.out_features, dtype=dtype, device=device)
+
+    def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
+        weight = layer.params.pop("weight")
+        layer.state = kernels.pack_linear(weight, layer.params.pop("bias", None), expected_tokens)
+
+    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        return kernels.apply_linear(layer.state, x)

@@ -1,0 +1,92 @@
+"""Slot ``platform``: what the machine is and what it can do."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from workbench.core.errors import ConfigError
+from workbench.core.memory import MemoryProbe
+from workbench.slots.component import Component
+
+
+class Platform(Component):
+    """One kind of device."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    @abstractmethod
+    def unsupported_reasons(self) -> list[str]:
+        """Why it cannot be used here; empty when it can."""
+
+    @abstractmethod
+    def default_dtype(self) -> torch.dtype:
+        """Precision for ``dtype=auto``."""
+
+    @abstractmethod
+    def free_memory_bytes(self) -> int:
+        """Bytes that could be taken now."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told."""
+
+    def memory_probe(self) -> MemoryProbe:
+        """A probe of this device's memory."""
+        return MemoryProbe(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuConfig:
+    """Options of :class:`Cpu`.
+
+    Attributes
+    ----------
+    num_threads
+        Threads of torch's pool; 0 leaves torch's own choice.
+    """
+
+    num_threads: int = 0
+
+
+class Cpu(Platform):
+    """The host's processor: the null object, which is always there."""
+
+    Config = CpuConfig
+    name = "cpu"
+
+    def __init__(self, config: CpuConfig | None = None) -> None:
+        super().__init__(config)
+        if self.config.num_threads < 0:
+            raise ConfigError("platform.num_threads must be 0 (torch's choice) or more.")
+        if self.config.num_threads:
+            torch.set_num_threads(self.config.num_threads)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def unsupported_reasons(self) -> list[str]:
+        return []
+
+    def default_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def free_memory_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def synchronize(self) -> None: ...
+
+    @property
+    def num_cores(self) -> int:
+        """Cores this process may use."""
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
