@@ -213,7 +213,7 @@ def build_engine(config: EngineConfig) -> Engine:
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
     dtype = _resolve_dtype(config.dtype, platform)
-    kernels.warm_up(platform.device, dtype)  # libraries load now, so that base_bytes counts them
+    _load_libraries(platform.device, dtype)
     probe = platform.memory_probe()
     probe.trim()
     base_bytes = probe.current_bytes()
@@ -354,6 +354,14 @@ def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> A
         max_model_len=max_model_len,
     )
     return builder.build("scheduler", parts=parts)
+
+
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Make math libraries and compiled kernels load now, so that ``base_bytes`` counts them."""
+    x = torch.ones(64, 64, dtype=dtype, device=device)
+    kernels.apply_linear(kernels.pack_linear(x.clone(), None, 1), x)
+    kernels.rms_norm(x, x[0], 1e-6)
+    kernels.argmax(x)
 
 
 def _require(reasons: list[str], what: str) -> None:

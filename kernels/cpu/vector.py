@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from kernels.cpu.pointers import is_bf16, narrow, widen
@@ -36,6 +37,13 @@ def _splat(builder, scalar):
     one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(one, one, mask)
+
+
+def _call(builder, intrinsic_name, result, operands):
+    """Call an LLVM intrinsic over vectors of sixteen."""
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    name = f"{intrinsic_name}.v{LANES}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
 def _load(builder, base, index, bf16):
@@ -94,8 +102,8 @@ def vfma(typingctx, scalar, value, total):
     """``scalar * value + total``."""
 
     def codegen(context, builder, signature, args):
-        fma = builder.module.declare_intrinsic("llvm.fmuladd", [_VECTOR])
-        return builder.call(fma, [_splat(builder, args[0]), args[1], args[2]])
+        operands = [_splat(builder, args[0]), args[1], args[2]]
+        return _call(builder, "llvm.fmuladd", _VECTOR, operands)
 
     return vector(types.float32, vector, vector), codegen
 
@@ -125,7 +133,7 @@ def vmax(typingctx, a, b):
     """Greater of each pair; of a number and a NaN the number."""
 
     def codegen(context, builder, signature, args):
-        return builder.call(builder.module.declare_intrinsic("llvm.maxnum", [_VECTOR]), args)
+        return _call(builder, "llvm.maxnum", _VECTOR, args)
 
     return vector(vector, vector), codegen
 
@@ -135,10 +143,7 @@ def greatest(typingctx, value):
     """Greatest of the sixteen; a NaN counts only where all are."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(_F32, [_VECTOR])
-        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(function, args)
+        return _call(builder, "llvm.vector.reduce.fmax", _F32, args)
 
     return types.float32(vector), codegen
 

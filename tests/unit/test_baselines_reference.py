@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ VOCAB_SIZE = 256
 CONTEXT = 64
 PROMPTS = [[5, 9, 200, 31], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = [8, 12, 3]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections() -> Any:
+    # Every run collects garbage; what the imported libraries hold need not be looked at again.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +110,9 @@ def test_end_of_sequence_ends_a_reference(folder: Path) -> None:
         last = free.token_ids[-1]
         model._open_model.eos_token_ids = frozenset({last})
         end = free.token_ids.index(last) + 1
-        assert model.generate(PROMPTS[0], MAX_TOKENS[0], ignore_eos=False).token_ids == (
-            free.token_ids[:end]
+        assert (
+            model.generate(PROMPTS[0], MAX_TOKENS[0], ignore_eos=False).token_ids
+            == (free.token_ids[:end])
         )
         assert model.generate(PROMPTS[0], MAX_TOKENS[0]).token_ids == free.token_ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Decoder:
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
     return load_model(folder, linear=DenseLinear(), dtype=dtype, device="cpu", **options)
 
 
@@ -87,10 +88,10 @@ def test_a_window_that_is_ignored_would_show() -> None:
     """The prompt is longer than the window, and leaving the window out changes the logits."""
     folder = tiny_model("mistral")
     ids = prompt(PROMPT_LEN)
-    assert load(folder).spec.layers[0].attention.sliding_window < PROMPT_LEN
+    window = load(folder).spec.layers[0].attention.sliding_window
+    assert window is not None and window < PROMPT_LEN
     without = full_logits(load(tiny_model("mistral", sliding_window=None)), ids)
     difference = (without - full_logits(load(folder), ids)).abs().amax(dim=-1)
-    window = load(folder).spec.layers[0].attention.sliding_window
     assert difference[:window].max() < 1e-4
     assert difference[window:].min() > 1e-2
 

@@ -27,7 +27,7 @@ def load(folder: Path, **options: object) -> Decoder:
     return load_model(folder, **options)  # type: ignore[arg-type]
 
 
-def changed_copy(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
+def changed_copy(source: Path, target: Path, change: Callable[[Tensors], object]) -> Path:
     """Copy a model folder with other tensors."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")

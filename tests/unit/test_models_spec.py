@@ -79,6 +79,7 @@ def test_flops_equal_what_transformers_multiplies(family: str) -> None:
 def test_flops_stop_growing_at_the_window_and_leave_out_the_head() -> None:
     spec = spec_from_hf(tiny_config("mistral"))
     window = spec.layers[0].attention.sliding_window
+    assert window is not None
     assert spec.flops_per_token(window - 1) < spec.flops_per_token(window)
     assert spec.flops_per_token(window) == spec.flops_per_token(window + 1)
     head = 2 * spec.vocab_size * spec.hidden_size

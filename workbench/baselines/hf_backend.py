@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from workbench.baselines.hf_model import SharedModel, acquire, quiet_transformers, release, versions
+from workbench.baselines.hf_model import (
+    SharedModel,
+    acquire,
+    quiet_transformers,
+    release,
+    versions,
+)
 from workbench.baselines.intake import Intake, RequestLimits
 from workbench.core.backend import BackendInfo, MemoryLedger, RequestSource, TokenEvent
 from workbench.core.errors import ConfigError

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from workbench.baselines.hf_generate import CACHE_IMPLEMENTATIONS, HfStaticBatch, TokenTap, _Row
+from workbench.baselines.hf_generate import (
+    CACHE_IMPLEMENTATIONS,
+    HfStaticBatch,
+    TokenTap,
+    _Row,
+)
 from workbench.baselines.hf_model import quiet_transformers
 from workbench.baselines.intake import Intake
 from workbench.core.errors import ConfigError, unknown_name

@@ -18,7 +18,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from workbench.baselines.hf_model import SharedModel, acquire, quiet_transformers, release
+from workbench.baselines.hf_model import (
+    SharedModel,
+    acquire,
+    quiet_transformers,
+    release,
+)
 from workbench.core.errors import RequestError
 from workbench.core.workload import WorkloadRequest
 
@@ -173,6 +178,40 @@ class ReferenceModel:
         top = logits.topk(2).values
         other = top[1] if token_id is None else logits[token_id]
         return float(top[0] - other)
+
+    def margins_of(
+        self, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> tuple[float, ...]:
+        """How far each output token lies from the most likely one, in logits.
+
+        One teacher-forced forward over prompt and output.
+
+        Parameters
+        ----------
+        prompt_ids, output_ids
+            Prompt and an output that any engine gave to it.
+
+        Returns
+        -------
+        tuple of float
+            One distance an output token, at least 0; 0 where the token is the most likely one
+            after the tokens before it.
+
+        Raises
+        ------
+        RequestError
+            As for :meth:`generate`.
+        """
+        if not output_ids:
+            return ()
+        tokens = [*prompt_ids, *output_ids[:-1]]
+        shared = self._checked(tokens, 1)
+        with torch.no_grad():
+            input_ids = torch.tensor([tokens], device=shared.device)
+            logits = shared.model(input_ids=input_ids, use_cache=False).logits[0]
+        logits = logits[len(prompt_ids) - 1 :].float()
+        given = logits.gather(1, torch.tensor([*output_ids], device=logits.device)[:, None])
+        return tuple((logits.amax(1) - given[:, 0]).tolist())
 
     def close(self) -> None:
         """Give the model back; closing twice is harmless."""

@@ -37,6 +37,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 _ACK_TIMEOUT_S = 1.0
@@ -223,8 +224,10 @@ def main():
     try:
         Worker(commands, answer).serve()
     except Exception as error:
+        # Before the answer: the parent quotes what stderr holds when the answer comes.
+        traceback.print_exc()
         answer({"op": "fatal", "message": f"{type(error).__name__}: {error}"})
-        raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,12 @@ import numpy as np
 from workbench.bench.environment import Environment
 from workbench.bench.gates import GateResult, Verdict
 from workbench.bench.jsonsafe import plain
-from workbench.bench.metrics import RoundSample, load_metrics, metrics_over_rounds, round_metrics
+from workbench.bench.metrics import (
+    RoundSample,
+    load_metrics,
+    metrics_over_rounds,
+    round_metrics,
+)
 from workbench.bench.records import Record
 from workbench.bench.roofline import Ceilings, utilisation
 from workbench.bench.stats import RoundPair, paired_ratio, speed_p_value, verdict_word

@@ -7,6 +7,7 @@ data sheet, and kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -108,7 +109,8 @@ def _write_cache(path: Path, found: Ceilings) -> None:
         temporary.write_text(to_json(found.to_dict()))
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _measure(device: torch.device, slug: str, num_threads: int, quick: bool) -> Ceilings:

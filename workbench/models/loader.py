@@ -12,7 +12,13 @@ import torch
 from workbench.core.errors import UnsupportedError, WorkbenchError, unknown_name
 from workbench.models.checkpoint import Checkpoint, WeightSource
 from workbench.models.decoder import Decoder, DecoderLayer
-from workbench.models.families import Family, WeightNames, family_of, read_config, spec_from_hf
+from workbench.models.families import (
+    Family,
+    WeightNames,
+    family_of,
+    read_config,
+    spec_from_hf,
+)
 from workbench.models.parameters import Parameter, layer_norms, norm_parts
 from workbench.models.random_weights import RandomWeights
 from workbench.models.rope import RopeSpec

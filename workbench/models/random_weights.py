@@ -7,6 +7,7 @@ depend on the dtype and on the kind of device: generators of a CPU and of a GPU 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,7 +117,7 @@ def save_random_checkpoint(
     if folder.exists():
         raise WorkbenchError(f"{folder} exists already; remove it or choose another folder.")
     config = read_config(config)
-    text = config.get_text_config()
+    text = copy.deepcopy(config.get_text_config())
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -9,7 +9,12 @@ from typing import Any
 
 from workbench.core.errors import ConfigError, RequestError
 from workbench.core.request import FinishReason, Request, RequestStatus
-from workbench.core.step import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs
+from workbench.core.step import (
+    ModelRunnerOutput,
+    NewRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from workbench.slots.admission import Admission
 from workbench.slots.component import Component
 from workbench.slots.kv_cache import KVCacheManager

@@ -12,7 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from workbench.bench.workloads.checks import require_choice, require_int, require_optional_int
+from workbench.bench.workloads.checks import (
+    require_choice,
+    require_int,
+    require_optional_int,
+)
 from workbench.core.errors import ConfigError
 from workbench.core.workload import WorkloadRequest
 

@@ -183,6 +183,7 @@ class SpecBenchWorkload(FileWorkload):
                     row=row,
                     field="turns",
                     messages=user_message(self.instruction, turns[0]),
+                    id_field="question_id",
                 )
             )
         for name in self.categories or ():
@@ -234,6 +235,7 @@ class HumanEvalWorkload(FileWorkload):
                 row=row,
                 field="prompt",
                 messages=user_message(self.instruction, row.text("prompt")),
+                id_field="task_id",
             )
 
 

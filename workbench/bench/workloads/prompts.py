@@ -31,6 +31,10 @@ class Prompt:
         A prompt that comes as token ids.
     max_tokens
         Output tokens that the row asks for, if it does.
+    arrival_s
+        Seconds after the start.
+    id_field
+        The field that holds the id, for errors.
     """
 
     request_id: str
@@ -41,6 +45,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     max_tokens: int | None = None
     arrival_s: float = 0.0
+    id_field: str = "id"
 
 
 def render_chat(
@@ -171,8 +176,8 @@ def _check_ids(prompts: Iterable[Prompt]) -> None:
     for prompt in prompts:
         if prompt.request_id in lines:
             raise prompt.row.error(
-                "id",
-                f"is {prompt.request_id!r}, as in line {lines[prompt.request_id]}",
+                prompt.id_field,
+                f"gives {prompt.request_id!r}, as line {lines[prompt.request_id]} does",
                 "an id that no other row has",
             )
         lines[prompt.request_id] = prompt.row.line

@@ -13,7 +13,11 @@ from workbench.models.store.errors import (
     UnsupportedModelError,
 )
 from workbench.models.store.fetch import fetch, resolve_model
-from workbench.models.store.integrity import ModelFolder, folder_digest, open_model_folder
+from workbench.models.store.integrity import (
+    ModelFolder,
+    folder_digest,
+    open_model_folder,
+)
 
 __all__ = [
     "BrokenModelError",

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.models.store.catalog import CATALOG, find_entry, parse_hub_id, unknown_model
+from workbench.models.store.catalog import (
+    CATALOG,
+    find_entry,
+    parse_hub_id,
+    unknown_model,
+)
 from workbench.models.store.disk import Stage, default_models_dir, publish, staging
 from workbench.models.store.errors import (
     BrokenModelError,
@@ -17,7 +22,11 @@ from workbench.models.store.errors import (
     SourceUnavailableError,
 )
 from workbench.models.store.hub import HubSource
-from workbench.models.store.integrity import ModelFolder, open_model_folder, write_manifest
+from workbench.models.store.integrity import (
+    ModelFolder,
+    open_model_folder,
+    write_manifest,
+)
 from workbench.models.store.progress import FetchProgress, SilentProgress
 from workbench.models.store.sources import FolderSource, GgufSource, PyPISource, Source
 

@@ -17,7 +17,11 @@ from workbench.models.store.errors import (
     ModelStoreError,
     SourceUnavailableError,
 )
-from workbench.models.store.integrity import MANIFEST_NAME, file_sha256, open_model_folder
+from workbench.models.store.integrity import (
+    MANIFEST_NAME,
+    file_sha256,
+    open_model_folder,
+)
 from workbench.models.store.progress import FetchProgress, watch_folder
 
 #: How long the Hub may take to answer the first question before the next source is asked.

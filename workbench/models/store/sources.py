@@ -26,7 +26,11 @@ from workbench.models.store.errors import (
     SourceUnavailableError,
 )
 from workbench.models.store.gguf_convert import convert_gguf, converted_bytes
-from workbench.models.store.integrity import MANIFEST_NAME, file_sha256, open_model_folder
+from workbench.models.store.integrity import (
+    MANIFEST_NAME,
+    file_sha256,
+    open_model_folder,
+)
 from workbench.models.store.progress import FetchProgress, folder_bytes, watch_folder
 
 PIP_RETRIES = 2

@@ -1,0 +1,180 @@
+"""``list``, ``doctor``, ``report`` and ``--cfg``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from workbench.assemble import load_class
+from workbench.bench.environment import collect_environment
+from workbench.bench.figure import report
+from workbench.bench.roofline import measure_ceilings
+from workbench.cli.output import print_document, takes_json
+from workbench.configuration import CONF_DIR, compose_config, load_markers, options_of
+from workbench.core.errors import ConfigError, WorkbenchError, unknown_name
+from workbench.slots.platform import Platform
+
+#: Optional libraries and what they are for.
+OPTIONAL = {
+    "numba": "fast CPU kernels",
+    "triton": "GPU kernels",
+    "flash_attn": "attention backend",
+    "flashinfer": "attention backend",
+    "vllm": "baseline (may live in an environment of its own: baseline.vllm.python)",
+    "pynvml": "GPU driver and memory figures",
+}
+
+
+def list_command(arguments: Sequence[str]) -> int:
+    """Show every technique with its slots, requirements, losslessness class and paper."""
+    as_json, rest = takes_json(list(arguments))
+    if rest:
+        raise unknown_name("argument of list", rest[0], ["output=json"])
+    markers = load_markers()
+    if as_json:
+        print_document(
+            [
+                {
+                    "name": m.name,
+                    "slots": list(m.slots),
+                    "requires": list(m.requires),
+                    "conflicts": list(m.conflicts),
+                    "losslessness": m.losslessness,
+                    "paper": m.paper,
+                    "summary": m.summary,
+                    "evidence": list(m.evidence),
+                }
+                for m in markers.values()
+            ]
+        )
+        return 0
+    table = Table(title="techniques: python -m workbench +technique=NAME", show_lines=True)
+    for column, wrap in (("technique", True), ("slot=option", True), ("what it is", False)):
+        table.add_column(column, no_wrap=wrap, overflow="fold")
+    for m in markers.values():
+        notes = [m.summary, f"[dim]{m.losslessness}; {m.paper}[/dim]"]
+        if m.requires:
+            notes.append(f"requires {', '.join(m.requires)}")
+        if m.conflicts:
+            notes.append(f"conflicts with {', '.join(m.conflicts)}")
+        slots = "\n".join(f"{slot}={option}" for slot, option in m.slots.items())
+        table.add_row(m.name, slots, "\n".join(notes))
+    Console().print(table)
+    return 0
+
+
+def doctor_command(arguments: Sequence[str]) -> int:
+    """Say what this machine can run and why not, and measure its ceilings."""
+    as_json, rest = takes_json(list(arguments))
+    refresh = "refresh=true" in rest
+    rest = [text for text in rest if text not in ("refresh=true", "refresh=false")]
+    if rest:
+        raise unknown_name("argument of doctor", rest[0], ["output=json", "refresh=true"])
+    document = _diagnose(refresh)
+    if as_json:
+        print_document(document)
+    else:
+        _print_diagnosis(document)
+    return 0
+
+
+def _diagnose(refresh: bool) -> dict[str, Any]:
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    print("measuring copy bandwidth and matmul rates ...", file=sys.stderr)
+    ceilings = measure_ceilings(device, refresh=refresh)
+    return {
+        "schema": 1,
+        "environment": collect_environment(device).to_dict(),
+        "platforms": {name: _platform_reasons(name) for name in options_of("engine/platform")},
+        "libraries": {
+            name: {"installed": importlib.util.find_spec(name) is not None, "for": use}
+            for name, use in OPTIONAL.items()
+        },
+        "techniques": {name: _technique_reasons(name) for name in load_markers()},
+        "ceilings": ceilings.to_dict(),
+    }
+
+
+def _platform_reasons(name: str) -> list[str]:
+    """Why a platform cannot be used here; empty when it can."""
+    node = OmegaConf.load(CONF_DIR / "engine" / "platform" / f"{name}.yaml")
+    cls = load_class(node._target_)
+    platform: Platform = cls(cls.Config())
+    return platform.unsupported_reasons()
+
+
+def _technique_reasons(name: str) -> list[str]:
+    """Why a technique cannot be built here; empty when it can."""
+    reasons = []
+    for slot, option in load_markers()[name].slots.items():
+        node = OmegaConf.load(CONF_DIR / "engine" / slot / f"{option}.yaml")
+        try:
+            load_class(node._target_)
+        except ConfigError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _print_diagnosis(document: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title="what this machine can run", show_header=False)
+    table.add_column("what")
+    table.add_column("state", overflow="fold")
+    for key in ("platforms", "techniques"):
+        for name, reasons in document[key].items():
+            table.add_row(
+                f"{key.removesuffix('s')} {name}",
+                "[red]no[/red]: " + "; ".join(reasons) if reasons else "[green]yes[/green]",
+            )
+    for name, state in document["libraries"].items():
+        mark = "[green]yes[/green]" if state["installed"] else "not installed"
+        table.add_row(f"library {name}", f"{mark} ({state['for']})")
+    console.print(table)
+    ceilings = document["ceilings"]
+    measured = Table(title=f"measured ceilings of {ceilings['device']}", show_header=False)
+    measured.add_row("copy bandwidth (read + write)", f"{ceilings['copy_bytes_s'] / 1e9:,.1f} GB/s")
+    measured.add_row("read bandwidth", f"{ceilings['read_bytes_s'] / 1e9:,.1f} GB/s")
+    for name, rate in ceilings["matmul_flops"].items():
+        measured.add_row(f"matmul {name}", f"{rate / 1e12:,.3f} TFLOP/s")
+    console.print(measured)
+    for name, value in document["environment"].items():
+        console.print(f"[dim]{name}:[/dim] {value}", soft_wrap=True)
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    """Draw the figure of a record file again."""
+    as_json, rest = takes_json(list(arguments))
+    if len(rest) != 1:
+        raise ConfigError("report needs one record file: python -m workbench report FILE.jsonl")
+    if not Path(rest[0]).is_file():
+        raise ConfigError(f"there is no record file {rest[0]}.")
+    try:
+        figure = report(rest[0])
+    except WorkbenchError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if as_json:
+        print_document({"schema": 1, "figure": str(figure)})
+    else:
+        print(figure)
+    return 0
+
+
+def config_command(arguments: Sequence[str]) -> int:
+    """Print the composed configuration."""
+    as_json, rest = takes_json(list(arguments))
+    cfg = compose_config(rest).cfg
+    if as_json:
+        print_document(OmegaConf.to_container(cfg, resolve=True))
+    else:
+        print(OmegaConf.to_yaml(cfg), end="")
+    return 0

@@ -1,0 +1,61 @@
+"""Transformers' greedy outputs as the reference of the correctness gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from workbench.baselines.reference import ReferenceModel
+from workbench.bench.gates import Outputs
+from workbench.bench.progress import Progress
+from workbench.cli.variants import ModelForBaselines
+from workbench.core.backend import TokenEvent
+from workbench.core.errors import RequestError
+from workbench.core.workload import WorkloadRequest
+
+
+class HfReference:
+    """Reference outputs, computed once; and margins of outputs that differ.
+
+    A context manager: the model is given back at the end.
+    """
+
+    def __init__(
+        self, model: ModelForBaselines, requests: Sequence[WorkloadRequest], progress: Progress
+    ) -> None:
+        self._model = ReferenceModel(model.folder, model.dtype, model.device)
+        self._prompts = {r.request_id: r.prompt_token_ids for r in requests}
+        self._progress = progress
+
+    def outputs(self, requests: Sequence[WorkloadRequest]) -> Outputs:
+        """Greedy outputs by request id; requests that no engine could serve are left out."""
+        self._progress.begin("reference (HF, greedy)", len(requests), time.perf_counter())
+        found: dict[str, tuple[int, ...]] = {}
+        for request in requests:
+            try:
+                reference = self._model.generate(
+                    request.prompt_token_ids, request.max_tokens, request.ignore_eos
+                )
+            except RequestError:
+                continue
+            found[request.request_id] = reference.token_ids
+            self._progress.on_event(
+                TokenEvent(request.request_id, time.perf_counter(), reference.token_ids, True)
+            )
+        return found
+
+    def margins(self, request_id: str, output_token_ids: Sequence[int]) -> Sequence[float]:
+        """How far each output token lies from the reference's choice, in logits."""
+        return self._model.margins_of(self._prompts[request_id], output_token_ids)
+
+    def __enter__(self) -> HfReference:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._model.close()

@@ -1,0 +1,216 @@
+"""The main job: one command from techniques to an honest table."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from workbench.assemble import DTYPES, Limits
+from workbench.bench.environment import hardware_slug
+from workbench.bench.figure import draw, figure_path
+from workbench.bench.gates import MarginFn, Outputs
+from workbench.bench.load import Offline
+from workbench.bench.progress import LiveProgress
+from workbench.bench.records import ResultStore
+from workbench.bench.report import exit_status, print_table, to_document
+from workbench.bench.roofline import measure_ceilings
+from workbench.bench.run import (
+    BenchSettings,
+    ReferenceFn,
+    Variant,
+    VariantResult,
+    run_bench,
+)
+from workbench.cli.output import print_document
+from workbench.cli.variants import (
+    ModelForBaselines,
+    Plan,
+    baseline_variants,
+    check_load,
+    engine_variants,
+    plan_run,
+    with_first_baseline,
+)
+from workbench.configuration import engine_config, limits_of
+from workbench.core.backend import TokenEvent
+from workbench.core.errors import unknown_name
+from workbench.core.workload import WorkloadRequest
+from workbench.models.families import read_config, spec_from_hf
+from workbench.models.random_weights import save_random_checkpoint
+from workbench.models.source import ModelSource
+
+#: Margin in logits under which bf16 and fp16 may break a tie another way than the reference.
+LOW_PRECISION_EPSILON = 0.25
+MAX_AUTO_SEQS = 32
+
+
+def run_command(overrides: Sequence[str]) -> int:
+    """Run one A/B (or, without techniques, the engine beside the baselines); the exit status."""
+    plan = plan_run(overrides)
+    cfg = plan.treatment.cfg
+    _check_choices(cfg)
+    console = Console(stderr=True)
+    if plan.supplied:
+        console.print(f"Both engine rows include {', '.join(plan.supplied)}, which is required.")
+    results = _measure(plan, overrides, console)
+    store_file = next((r.record_file for r in results if r.record_file), None)
+    figure = None
+    if store_file is not None:
+        figure = draw(results, figure_path(store_file, results[0].record.run_id))
+    if cfg.output == "json":
+        print_document(to_document(results, figure=str(figure) if figure else None))
+    else:
+        print_table(results, Console())
+        Console().print(f"records: {store_file}\nfigure:  {figure}", soft_wrap=True)
+    return exit_status(results)
+
+
+def _check_choices(cfg: DictConfig) -> None:
+    for name, valid in (
+        ("output", ("table", "json")),
+        ("weights", ("checkpoint", "random")),
+        ("dtype", ("auto", *DTYPES)),
+    ):
+        if cfg[name] not in valid:
+            raise unknown_name(name, str(cfg[name]), valid)
+    if cfg.bench.reference not in ("hf", "base"):
+        raise unknown_name("bench.reference", str(cfg.bench.reference), ("hf", "base"))
+    check_load(cfg)
+
+
+def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[VariantResult]:
+    cfg = plan.treatment.cfg
+    # The limits are not known before the workload is, nor the workload before the model.
+    source = engine_config(plan.treatment, Limits()).source
+    spec = spec_from_hf(read_config(source.config))
+    workload = instantiate(cfg.workload)
+    requests = workload.requests(
+        cfg.seed, source.tokenizer(), spec.vocab_size, spec.max_position_embeddings
+    )
+    load_factory = instantiate(cfg.load)
+    limits = _limits(cfg, requests, load_factory, spec.max_position_embeddings)
+    device, dtype = _device_and_dtype(plan)
+    progress = LiveProgress(console)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder_of(source, cfg, dtype, device))
+        variants = engine_variants(plan, limits)
+        reference = _engine_reference(variants)
+        margin_fn: MarginFn | None = None
+        if folder is not None:
+            model = ModelForBaselines(folder, dtype, device)
+            variants = with_first_baseline([*baseline_variants(cfg, model), *variants])
+            if cfg.bench.reference == "hf":
+                from workbench.cli.reference import HfReference
+
+                hf = stack.enter_context(HfReference(model, requests, progress))
+                reference, margin_fn = hf.outputs, hf.margins
+        return run_bench(
+            variants,
+            requests,
+            load_factory,
+            reference=reference,
+            margin_fn=margin_fn,
+            settings=_settings(cfg, dtype),
+            workload={
+                "name": workload.name,
+                "digest": workload.digest(requests),
+                **workload.describe(),
+            },
+            store=ResultStore(cfg.results_dir, hardware_slug(device)),
+            ceilings=measure_ceilings(device),
+            progress=progress,
+            command="python -m workbench " + shlex.join(overrides),
+        )
+
+
+def _limits(
+    cfg: DictConfig, requests: Sequence[WorkloadRequest], load_factory: Any, context: int
+) -> Limits:
+    longest = max(len(r.prompt_token_ids) + r.max_tokens for r in requests)
+    return limits_of(
+        cfg,
+        max_num_seqs=min(load_factory(requests).concurrency, MAX_AUTO_SEQS),
+        max_model_len=min(-(-longest // 64) * 64, context),
+    )
+
+
+def _device_and_dtype(plan: Plan) -> tuple[str, str]:
+    platform = plan.treatment.choices["engine/platform"]
+    index = plan.treatment.cfg.engine.platform.get("index", 0)
+    device = "cpu" if platform == "cpu" else f"{platform}:{index}"
+    dtype = str(plan.treatment.cfg.dtype)
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return device, dtype
+
+
+@contextlib.contextmanager
+def _folder_of(
+    source: ModelSource, cfg: DictConfig, dtype: str, device: str
+) -> Iterator[Path | None]:
+    """A folder with the weights that the engine runs; None where nothing else needs one.
+
+    Random weights are written out for the other engines, drawn exactly as the engine draws them.
+    """
+    if cfg.weights == "checkpoint":
+        yield source.folder
+        return
+    if not len(cfg.baselines) and cfg.bench.reference != "hf":
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="workbench-random-") as parent:
+        yield save_random_checkpoint(
+            read_config(source.config),
+            Path(parent) / "model",
+            seed=cfg.seed,
+            dtype=DTYPES[dtype],
+            device=device,
+        )
+
+
+def _engine_reference(variants: Sequence[Variant]) -> ReferenceFn:
+    """Outputs of the first engine row, for models that no other engine can hold beside ours."""
+    first = next(v for v in variants if v.kind == "engine")
+
+    def outputs(requests: Sequence[WorkloadRequest]) -> Outputs:
+        backend = first.build()
+        found: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        failed: set[str] = set()
+
+        def on_event(event: TokenEvent) -> None:
+            found[event.request_id] += event.token_ids
+            if event.error is not None:
+                failed.add(event.request_id)
+
+        try:
+            backend.run(Offline(requests), on_event)
+        finally:
+            backend.close()
+        return {name: tuple(ids) for name, ids in found.items() if name not in failed}
+
+    return outputs
+
+
+def _settings(cfg: DictConfig, dtype: str) -> BenchSettings:
+    bench = cfg.bench
+    epsilon = bench.epsilon
+    if epsilon == "auto":
+        epsilon = 0.0 if dtype == "float32" else LOW_PRECISION_EPSILON
+    rounds_for = {} if bench.baseline_rounds is None else {"baseline": int(bench.baseline_rounds)}
+    return BenchSettings(
+        rounds=int(bench.rounds),
+        rounds_for=rounds_for,
+        warmup=bench.warmup,
+        epsilon=float(epsilon),
+        timeout_s=bench.timeout_s,
+        residency=bench.residency,
+        seed=int(cfg.seed),
+    )

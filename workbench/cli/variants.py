@@ -1,0 +1,240 @@
+"""Which rows a run has: the rungs of other engines, the engine's base, and the base with techniques."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from workbench.assemble import EngineConfig, Limits, build_engine, load_class
+from workbench.bench.run import Variant
+from workbench.configuration import (
+    Composed,
+    Marker,
+    check_requirements,
+    compose_config,
+    engine_config,
+    load_markers,
+    technique_names,
+)
+from workbench.core.backend import Backend
+from workbench.core.errors import ConfigError, unknown_name
+from workbench.engine.backend import EngineBackend
+
+ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run's compositions.
+
+    Attributes
+    ----------
+    treatment
+        With every technique asked for; its workload, load and limits hold for all rows.
+    base
+        The same without them, but with what they require; None where nothing was asked for.
+    supplied
+        Required techniques that were added to both.
+    """
+
+    treatment: Composed
+    base: Composed | None
+    supplied: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def plan_run(overrides: Sequence[str]) -> Plan:
+    """Compose the treatment and, where techniques are asked for, its base.
+
+    A technique is compared on the core and what it requires, so that the technique is the only
+    difference between the two rows.
+    """
+    asked = technique_names(overrides)
+    markers = load_markers()
+    rest = [text for text in overrides if not _is_technique(text)]
+    supplied = tuple(_required_by(asked, markers))
+    treatment = compose_config([*rest, *_technique_override([*supplied, *asked])])
+    check_requirements(treatment)
+    measured = [name for name in treatment.techniques if name not in supplied]
+    if not measured:
+        return Plan(treatment, None)
+    slots = {slot for name in measured for slot in treatment.techniques[name].slots}
+    kept = [text for text in rest if not _touches(text, slots) and not text.startswith("preset=")]
+    base = compose_config([*kept, *_technique_override(list(supplied))])
+    return Plan(treatment, base, supplied)
+
+
+def _is_technique(text: str) -> bool:
+    return re.match(r"\+?\+?technique=", text) is not None
+
+
+def _technique_override(names: list[str]) -> list[str]:
+    return [f"+technique=[{','.join(names)}]"] if names else []
+
+
+def _required_by(asked: Sequence[str], markers: dict[str, Marker]) -> list[str]:
+    """Requirements of ``asked``, and theirs, that were not asked for; the deepest first."""
+    supplied: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in markers:
+            raise unknown_name("technique", name, markers)
+        for required in markers[name].requires:
+            if required not in asked and required not in supplied:
+                visit(required)
+                supplied.append(required)
+
+    for name in asked:
+        visit(name)
+    return supplied
+
+
+def _touches(text: str, slots: set[str]) -> bool:
+    """Whether an override configures one of the slots (``engine/drafter=``, ``engine.drafter.``)."""
+    match = re.match(r"[+~]*engine[/.](\w+)", text)
+    return match is not None and match[1] in slots
+
+
+@dataclass(frozen=True, slots=True)
+class ModelForBaselines:
+    """What another engine loads: a folder with the very weights that ours runs."""
+
+    folder: Path
+    dtype: str
+    device: str
+
+
+def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Variant]:
+    """The engine's rows, base first."""
+    variants = []
+    base_name = " + ".join([ENGINE, *plan.supplied])
+    rows: list[tuple[str, Composed]] = []
+    if plan.base is not None:
+        rows.append((base_name, plan.base))
+        measured = [n for n in plan.treatment.techniques if n not in plan.supplied]
+        preset = plan.treatment.cfg.preset_name
+        rows.append(
+            (f"{ENGINE} ({preset})", plan.treatment)
+            if preset != "core"
+            else (" + ".join([base_name, *measured]), plan.treatment)
+        )
+    else:
+        rows.append((base_name, plan.treatment))
+    for index, (name, composed) in enumerate(rows):
+        config = _same_but_components(plan, composed, limits, progress)
+        classes = [m.losslessness for m in composed.techniques.values()]
+        weakest = next((c for c in ("lossy", "distributional") if c in classes), "exact")
+        variants.append(
+            Variant(
+                name=name,
+                build=_engine_factory(name, config),
+                baseline=rows[0][0] if index else None,
+                losslessness=weakest,
+                techniques={
+                    m.name: {
+                        "slots": m.slots,
+                        "evidence": list(m.evidence),
+                        "losslessness": m.losslessness,
+                        "paper": m.paper,
+                    }
+                    for m in composed.techniques.values()
+                },
+                kind="engine",
+                resolved_config=_resolved(plan.treatment.cfg, composed, limits),
+            )
+        )
+    return variants
+
+
+def _same_but_components(
+    plan: Plan, composed: Composed, limits: Limits, progress: Any
+) -> EngineConfig:
+    """The treatment's model, precision, seed and limits with this row's components."""
+    config = engine_config(plan.treatment, limits, progress=progress)
+    return dataclasses.replace(config, components=composed.components)
+
+
+def _engine_factory(name: str, config: EngineConfig) -> Callable[[], Backend]:
+    def build() -> Backend:
+        engine = build_engine(config)
+        return EngineBackend(name, engine, engine.parts.info)
+
+    return build
+
+
+def _resolved(cfg: DictConfig, composed: Composed, limits: Limits) -> dict[str, Any]:
+    """The whole configuration of a row, every ``auto`` of the limits resolved."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    for key in ("baseline", "engine", "techniques"):
+        resolved.pop(key, None)
+    resolved["engine"] = composed.components
+    resolved["choices"] = {k: v for k, v in composed.choices.items() if k.startswith("engine/")}
+    resolved["limits"] = dataclasses.asdict(limits)
+    return {str(k): v for k, v in resolved.items()}
+
+
+def baseline_variants(cfg: DictConfig, model: ModelForBaselines) -> list[Variant]:
+    """The rows of other engines, in the order of ``baselines``; the first is what the rest is
+    compared with."""
+    names = [str(name) for name in cfg.baselines]
+    variants = []
+    for name in names:
+        if name not in cfg.baseline:
+            raise unknown_name("baseline", name, [str(k) for k in cfg.baseline])
+        node = OmegaConf.to_container(cfg.baseline[name], resolve=True)
+        assert isinstance(node, dict)
+        options = {str(k): v for k, v in node.items() if not str(k).startswith("_")}
+        variants.append(
+            Variant(
+                name=name,
+                build=_baseline_factory(str(node["_target_"]), options, model, int(cfg.seed)),
+                baseline=names[0] if name != names[0] else None,
+                kind="baseline",
+                resolved_config={"_target_": node["_target_"], **options, "dtype": model.dtype},
+            )
+        )
+    return variants
+
+
+def _baseline_factory(
+    target: str, options: dict[str, Any], model: ModelForBaselines, seed: int
+) -> Callable[[], Backend]:
+    cls = load_class(target)
+
+    def build() -> Backend:
+        backend: Backend = cls(
+            model_path=model.folder,
+            dtype=model.dtype,
+            device=model.device,
+            weights="checkpoint",
+            seed=seed,
+            **options,
+        )
+        return backend
+
+    return build
+
+
+def with_first_baseline(variants: list[Variant]) -> list[Variant]:
+    """Compare the engine's base with the first baseline, where there is one."""
+    first = next((v.name for v in variants if v.kind == "baseline"), None)
+    return [
+        dataclasses.replace(v, baseline=first)
+        if v.kind == "engine" and v.baseline is None and first is not None
+        else v
+        for v in variants
+    ]
+
+
+def check_load(cfg: DictConfig) -> None:
+    """Refuse a load that no request can start under."""
+    concurrency = cfg.load.get("concurrency", 1)
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+        raise ConfigError(f"load.concurrency={concurrency!r} must be an integer of at least 1.")

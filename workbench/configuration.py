@@ -1,0 +1,290 @@
+"""From overrides to a resolved configuration: Hydra composition, technique markers, checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from workbench.assemble import EngineConfig, Limits
+from workbench.core.errors import ConfigError, unknown_name
+from workbench.models.source import open_source
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+_MARKER_KEYS = {
+    "summary",
+    "slots",
+    "requires",
+    "conflicts",
+    "losslessness",
+    "evidence",
+    "paper",
+}
+_LOSSLESSNESS = ("exact", "distributional", "lossy")
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What a technique says of itself, in its file under ``conf/technique``.
+
+    Attributes
+    ----------
+    slots
+        Option that it puts into each slot.
+    requires, conflicts
+        Other techniques.
+    losslessness
+        ``exact``, ``distributional`` or ``lossy``: the gate that its outputs must pass.
+    evidence
+        Counters that must be above zero after a run, or it did not happen.
+    """
+
+    name: str
+    summary: str
+    slots: dict[str, str]
+    requires: tuple[str, ...]
+    conflicts: tuple[str, ...]
+    losslessness: str
+    evidence: tuple[str, ...]
+    paper: str
+
+    @classmethod
+    def parse(cls, name: str, node: dict[str, Any]) -> Marker:
+        """Check a marker's keys and make one."""
+        for key in node:
+            if key not in _MARKER_KEYS:
+                raise unknown_name(f"key of technique {name}", key, _MARKER_KEYS)
+        missing = _MARKER_KEYS - node.keys()
+        if missing:
+            raise ConfigError(f"technique {name} lacks {', '.join(sorted(missing))}.")
+        if node["losslessness"] not in _LOSSLESSNESS:
+            raise unknown_name(
+                f"losslessness of technique {name}", node["losslessness"], _LOSSLESSNESS
+            )
+        return cls(
+            name=name,
+            summary=node["summary"],
+            slots=dict(node["slots"]),
+            requires=tuple(node["requires"]),
+            conflicts=tuple(node["conflicts"]),
+            losslessness=node["losslessness"],
+            evidence=tuple(node["evidence"]),
+            paper=node["paper"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A composition: the configuration, which option fills each slot, and the techniques."""
+
+    cfg: DictConfig
+    choices: dict[str, str]
+    techniques: dict[str, Marker]
+
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """Each slot's ``_target_`` and options."""
+        engine = OmegaConf.to_container(self.cfg.engine, resolve=True)
+        assert isinstance(engine, dict)
+        return {str(slot): dict(node) for slot, node in engine.items()}
+
+
+def options_of(group: str) -> list[str]:
+    """Names of the options of a configuration group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def load_markers() -> dict[str, Marker]:
+    """Every technique's marker, by name."""
+    markers = {}
+    for name in options_of("technique"):
+        node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "technique" / f"{name}.yaml"))
+        assert isinstance(node, dict)
+        found = node.get("techniques", {})
+        if list(found) != [name]:
+            raise ConfigError(f"conf/technique/{name}.yaml must mark exactly itself.")
+        markers[name] = Marker.parse(name, found[name])
+    return markers
+
+
+def compose_config(overrides: Sequence[str]) -> Composed:
+    """Compose the configuration from ``conf/`` and Hydra overrides, and check it.
+
+    Raises
+    ------
+    ConfigError
+        An unknown group, option or key, with the valid ones; techniques that cannot run together.
+    """
+    overrides = [_as_model(text) for text in overrides]
+    _check_technique_names(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="workbench"):
+            cfg = compose("config", list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _translate(error, overrides) from error
+    choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
+    nodes = OmegaConf.to_container(cfg.techniques, resolve=True)
+    assert isinstance(nodes, dict)
+    techniques = {str(name): Marker.parse(str(name), node) for name, node in nodes.items()}
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    OmegaConf.set_struct(cfg, True)
+    composed = Composed(cfg, choices, techniques)
+    _check_clashes(composed)
+    return composed
+
+
+def check_requirements(composed: Composed) -> None:
+    """Check that every technique has what it requires.
+
+    Raises
+    ------
+    ConfigError
+        Which requirement is missing, and the command that has it.
+    """
+    for marker in composed.techniques.values():
+        missing = [name for name in marker.requires if name not in composed.techniques]
+        if missing:
+            together = ",".join([*missing, *composed.techniques])
+            raise ConfigError(
+                f"technique {marker.name!r} requires {', '.join(missing)}. "
+                f"Use +technique=[{together}]."
+            )
+
+
+def technique_names(overrides: Sequence[str]) -> list[str]:
+    """Names that ``+technique=`` overrides ask for, in order."""
+    names: list[str] = []
+    for text in overrides:
+        match = re.fullmatch(r"\+?\+?technique=(.*)", text)
+        if match:
+            inner = match[1].strip().removeprefix("[").removesuffix("]")
+            names += [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
+    return names
+
+
+def _check_technique_names(overrides: Sequence[str]) -> None:
+    valid = options_of("technique")
+    names = technique_names(overrides)
+    for name in names:
+        if name not in valid:
+            raise unknown_name("technique", name, valid)
+    if sum(bool(re.match(r"\+?\+?technique=", text)) for text in overrides) > 1:
+        raise ConfigError(
+            f"several techniques are one list: +technique=[{','.join(names)}], not several "
+            "+technique= arguments."
+        )
+
+
+def _as_model(text: str) -> str:
+    """Take ``model=<name or path>`` that is no option of the group as the model's name."""
+    key, _, value = text.partition("=")
+    if key == "model" and value not in options_of("model"):
+        return f"model.name='{value}'"
+    return text
+
+
+def _check_clashes(composed: Composed) -> None:
+    filled: dict[str, str] = {}
+    for marker in composed.techniques.values():
+        for slot, option in marker.slots.items():
+            if slot in filled:
+                raise ConfigError(
+                    f"techniques {filled[slot]!r} and {marker.name!r} both fill slot {slot!r}: "
+                    "take one of them out of +technique=[...]."
+                )
+            filled[slot] = marker.name
+            chosen = composed.choices.get(f"engine/{slot}")
+            if chosen != option:
+                raise ConfigError(
+                    f"technique {marker.name!r} fills slot {slot!r} with {option!r}, but "
+                    f"engine/{slot}={chosen} was asked for: drop one of the two."
+                )
+        for other in marker.conflicts:
+            if other in composed.techniques:
+                raise ConfigError(
+                    f"techniques {marker.name!r} and {other!r} cannot run together: take one of "
+                    "them out of +technique=[...]."
+                )
+
+
+def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Say Hydra's errors in the words of this command."""
+    text = str(error)
+    missing = re.search(r"[Cc]ould not (?:find|load) '([\w./@-]+)'", text)
+    if missing:
+        group, _, option = missing[1].rpartition("/")
+        valid = options_of(group) if group else []
+        if valid:
+            return unknown_name(f"option of group {group}", option, valid)
+    key = re.search(r"Could not override '([\w./@-]+)'", text) or re.search(
+        r"Key '([\w.]+)' is not in struct", text
+    )
+    if key:
+        name = key[1]
+        parent, _, last = name.replace("/", ".").rpartition(".")
+        return unknown_name("key" + (f" of {parent}" if parent else ""), last, _keys_of(parent))
+    return ConfigError(" ".join(text.split()))
+
+
+def _keys_of(parent: str) -> list[str]:
+    """Valid keys below a node of the plain configuration, and the groups at the top."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    keys = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    return keys if parent else [*keys, "preset", "experiment", "technique"]
+
+
+def engine_config(
+    composed: Composed, limits: Limits, *, download: bool = True, progress: Any = None
+) -> EngineConfig:
+    """Resolve a composition into what an engine is built from, getting the model if need be."""
+    cfg = composed.cfg
+    check_requirements(composed)
+    hf_config = cfg.model.hf_config
+    if hf_config is not None:
+        hf_config = OmegaConf.to_container(hf_config, resolve=True)
+    source = open_source(
+        cfg.model.name,
+        weights=cfg.weights,
+        hf_config=hf_config,  # type: ignore[arg-type]
+        models_dir=cfg.models_dir,
+        download=download,
+        progress=progress,
+    )
+    return EngineConfig(
+        components=composed.components,
+        source=source,
+        weights=cfg.weights,
+        dtype=cfg.dtype,
+        seed=cfg.seed,
+        limits=limits,
+    )
+
+
+def limits_of(cfg: DictConfig, *, max_num_seqs: int, max_model_len: int) -> Limits:
+    """The limits of a configuration, with the given values for ``auto``."""
+
+    def value(name: str, auto: int) -> int:
+        given = cfg.limits[name]
+        if given == "auto":
+            return auto
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise ConfigError(f"limits.{name}={given!r} must be auto or an integer.")
+        return given
+
+    return Limits(
+        max_num_seqs=value("max_num_seqs", max_num_seqs),
+        max_model_len=value("max_model_len", max_model_len),
+        kv_pool_tokens=value("kv_pool_tokens", 0),
+    )
