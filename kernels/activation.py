@@ -17,13 +17,14 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     Parameters
     ----------
     gate_up : Tensor [T, 2F]
-        The fused projection: gate in the first half of each row, up in the second. Rows may be strided.
+        The fused projection: gate in the first half of each row, up in the second. Rows may be
+        strided.
 
     Returns
     -------
     Tensor [T, F]
-        In the dtype of ``gate_up``; the activation is rounded to that dtype before the product, as an
-        unfused model does.
+        In the dtype of ``gate_up``; the activation is rounded to that dtype before the product, as
+        an unfused model does.
     """
     if dispatch.is_native(gate_up):
         from kernels.cpu import activation

@@ -1,9 +1,9 @@
 """Causal attention of packed queries over a paged KV cache.
 
-One op serves every mix: a token being decoded, the draft tokens of a verification and a chunk of a prompt are
-requests with 1, a few and many queries. The queries of a request are the last ones of its sequence.
-Papers: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023;
-Dao et al., "FlashAttention", 2022 (online softmax).
+One op serves every mix: a token being decoded, the draft tokens of a verification and a chunk of a
+prompt are requests with 1, a few and many queries. The queries of a request are the last ones of
+its sequence. Papers: Kwon et al., "Efficient Memory Management for Large Language Model Serving
+with PagedAttention", 2023; Dao et al., "FlashAttention", 2022 (online softmax).
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
+
+_NATIVE_HEAD_DIM = 16  # the CPU kernel serves the multiples of it
 
 
 def paged_attention(
@@ -37,7 +40,8 @@ def paged_attention(
     q : Tensor [T, Hq, D]
         Queries of all requests one after another. The last dimension is dense.
     k_cache, v_cache : Tensor [num_blocks, block_size, Hkv, D]
-        Cache that already holds this step's keys and values. ``Hq`` is a multiple of ``Hkv``. The last dimension is dense.
+        Cache that already holds this step's keys and values. ``Hq`` is a multiple of ``Hkv``. The
+        last dimension is dense.
     block_table : Tensor [B, P] int32
         Blocks of each request in order; entries past its length are not read.
     query_start_loc : Tensor [B + 1] int32
@@ -58,21 +62,32 @@ def paged_attention(
     Tensor [T, Hq, D]
         Contiguous, in the dtype of ``q``.
     """
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 (or None), not {sliding_window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive (or None), not {soft_cap}")
+    if dispatch.is_native(q) and q.shape[-1] % _NATIVE_HEAD_DIM == 0:
+        from kernels.cpu import attention
+
+        return attention.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            scale,
+            sliding_window,
+            soft_cap,
+        )
     if query_lens is None:
         query_lens = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
     if seq_lens_list is None:
         seq_lens_list = seq_lens.tolist()
-    return paged_attention_reference(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        query_lens,
-        seq_lens_list,
-        scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-    )
+    arguments = (q, k_cache, v_cache, block_table, query_lens, seq_lens_list, scale)
+    if q.is_cuda and soft_cap is None:
+        return paged_attention_sdpa(*arguments, sliding_window=sliding_window)
+    return paged_attention_reference(*arguments, sliding_window=sliding_window, soft_cap=soft_cap)
 
 
 def paged_attention_reference(
@@ -87,7 +102,7 @@ def paged_attention_reference(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """Plain torch form of :func:`paged_attention`, one request at a time, with lengths from the host."""
+    """Plain torch form of :func:`paged_attention`, one request at a time; lengths on the host."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start = 0
     for row, (num_queries, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
@@ -100,8 +115,74 @@ def paged_attention_reference(
     return out
 
 
+def paged_attention_sdpa(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    scale: float,
+    *,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """:func:`paged_attention` by torch's fused attention.
+
+    Requests with the same number of queries are padded into one call.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, num_queries in enumerate(query_lens):
+        if num_queries:
+            groups.setdefault(num_queries, []).append(row)
+    if len(groups) == 1 and len(groups[query_lens[0]]) == len(query_lens):
+        rows = (q.unflatten(0, (len(query_lens), -1)), k_cache, v_cache, block_table, seq_lens)
+        return _attend_padded(*rows, scale, sliding_window).flatten(0, 1)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts = [0]
+    for num_queries in query_lens:
+        starts.append(starts[-1] + num_queries)
+    for num_queries, members in groups.items():
+        first = torch.tensor([starts[row] for row in members])
+        tokens = (first.unsqueeze(1) + torch.arange(num_queries)).to(q.device)  # [members, queries]
+        blocks = block_table[torch.tensor(members, device=q.device)]
+        lens = [seq_lens[row] for row in members]
+        out[tokens] = _attend_padded(
+            q[tokens], k_cache, v_cache, blocks, lens, scale, sliding_window
+        )
+    return out
+
+
+def _attend_padded(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Sequence[int],
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Requests of one query length: ``q [B, Q, Hq, D]`` -> ``[B, Q, Hq, D]``."""
+    num_queries, longest = q.shape[1], max(seq_lens)
+    blocks = block_table[:, : -(-longest // k_cache.shape[1])].long()
+    k, v = (
+        cache[:, :longest][blocks].flatten(1, 2)[:, :longest].transpose(1, 2)  # [B, Hkv, S, D]
+        for cache in (k_cache, v_cache)
+    )
+    lens = torch.tensor(seq_lens).to(q.device, non_blocking=True)
+    query = lens.unsqueeze(1) - num_queries + torch.arange(num_queries, device=q.device)
+    query = query.unsqueeze(2)  # [B, Q, 1]: position of each query
+    key = torch.arange(longest, device=q.device)
+    mask = key <= query
+    if sliding_window is not None:
+        mask &= key > query - sliding_window
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
 def gather_pages(cache: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Copy positions ``start .. stop - 1`` of one request out of ``cache`` -> ``[stop - start, Hkv, D]``."""
+    """Copy positions ``start .. stop - 1`` of one request out of ``cache``: ``[.., Hkv, D]``."""
     block_size = cache.shape[1]
     first = start // block_size
     pages = cache[blocks[first : -(-stop // block_size)].long()].flatten(0, 1)
@@ -143,7 +224,7 @@ def attend_reference(
 def causal_mask(
     num_queries: int, seq_len: int, sliding_window: int | None, device: torch.device
 ) -> Tensor:
-    """Which keys a query may see: bool ``[num_queries, seq_len]``, queries being the last positions."""
+    """Which keys the last ``num_queries`` positions see: bool ``[num_queries, seq_len]``."""
     query = torch.arange(seq_len - num_queries, seq_len, device=device).unsqueeze(1)
     key = torch.arange(seq_len, device=device)
     mask = key <= query

@@ -10,7 +10,8 @@ from kernels import dispatch
 def write_kv(k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """Copy each token's k and v to its slot.
 
-    Models with rotary embeddings use :func:`kernels.rotary.apply_rope_and_write_kv`, which does this on the way.
+    Models with rotary embeddings use :func:`kernels.rotary.apply_rope_and_write_kv`, which does
+    this on the way.
 
     Parameters
     ----------
@@ -21,7 +22,11 @@ def write_kv(k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cach
     k_cache, v_cache : Tensor [num_blocks, block_size, num_kv_heads, head_dim]
         Same dtype as ``k``.
     """
-    write_kv_reference(k, v, slot_mapping, k_cache, v_cache)
+    if dispatch.is_native(k):
+        from kernels.cpu import rotary
+
+        return rotary.write_kv(k, v, slot_mapping, k_cache, v_cache)
+    return write_kv_reference(k, v, slot_mapping, k_cache, v_cache)
 
 
 def write_kv_reference(

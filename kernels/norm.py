@@ -1,8 +1,8 @@
 """RMS normalisation, alone and fused with the residual addition before it.
 
-``offset`` chooses between the two conventions in use: 0 multiplies by ``weight`` in the model's dtype
-(Llama, Mistral, Qwen), any other value multiplies by ``offset + weight`` in fp32 before the cast
-(Gemma has 1). Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+``offset`` chooses between the two conventions in use: 0 multiplies by ``weight`` in the model's
+dtype (Llama, Mistral, Qwen), any other value multiplies by ``offset + weight`` in fp32 before the
+cast (Gemma has 1). Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """
 
 from __future__ import annotations

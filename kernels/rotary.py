@@ -1,7 +1,7 @@
 """Rotary position embedding on the fused QKV projection, with the KV write and QK-norm folded in.
 
-Paper: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. The half-split pairing
-(element i with i + rotary_dim / 2) is the one of Hugging Face checkpoints.
+Paper: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. The
+half-split pairing (element i with i + rotary_dim / 2) is the one of Hugging Face checkpoints.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def apply_rope_and_write_kv(
     Parameters
     ----------
     qkv : Tensor [T, (num_heads + 2 * num_kv_heads) * head_dim]
-        Fused projection: all q heads, all k heads, all v heads. q and k are overwritten. Rows may be strided.
+        Fused projection: all q heads, all k heads, all v heads. q and k are overwritten. Rows may
+        be strided.
     positions : Tensor [T] int64
         Position of each token in its own request.
     cos_sin : Tensor [max_position, rotary_dim]
-        Cosines of the ``rotary_dim / 2`` angles, then their sines, fp32 (the rotation is computed in fp32). ``rotary_dim <= head_dim``:
-        the elements of a head from ``rotary_dim`` on are left as they are.
+        Cosines of the ``rotary_dim / 2`` angles, then their sines, fp32 (the rotation is computed
+        in fp32). ``rotary_dim <= head_dim``: the elements of a head from ``rotary_dim`` on are left
+        as they are.
     slot_mapping : Tensor [T] int64, or None
-        Where each token's k and v go: ``block * block_size + offset``. A negative slot is not written
-        (padding). None: nothing is written.
+        Where each token's k and v go: ``block * block_size + offset``. A negative slot is not
+        written (padding). None: nothing is written.
     k_cache, v_cache : Tensor [num_blocks, block_size, num_kv_heads, head_dim], or None
         In the dtype of ``qkv``; any strides but a dense last dimension.
     q_norm, k_norm : Tensor [head_dim], or None

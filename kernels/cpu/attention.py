@@ -1,9 +1,10 @@
 """Causal attention over a paged cache on the CPU. Semantics: :mod:`kernels.attention`.
 
-A task is a tile of consecutive queries of one request with one KV head: its rows are (query, head of the group), so each
-key and value is read once for the whole group. A task walks its keys in blocks of ``_BLOCK``, with the online
-softmax of FlashAttention; all sums are fp32. Threads draw tasks from one counter. Where there are fewer tasks than the threads can
-share, long key ranges are split and the partial results merged (flash-decoding).
+A task is a tile of consecutive queries of one request with one KV head: its rows are (query, head
+of the group), so each key and value is read once for the whole group. A task walks its keys in
+blocks of ``_BLOCK``, with the online softmax of FlashAttention; all sums are fp32. Threads draw
+tasks from one counter. Where there are fewer tasks than the threads can share, long key ranges are
+split and the partial results merged (flash-decoding).
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import threading
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit
 from torch import Tensor
 
+from kernels.cpu.launch import float_argument, int_arguments, kernel
 from kernels.cpu.pointers import (
-    MARKERS,
+    COMPILE_OPTIONS,
     advance,
-    entry,
     exp,
     fetch_add,
+    float_pointer,
     helper,
+    int32_pointer,
+    int64_pointer,
     load,
     load_int,
-    parallel_entry,
     pointer,
     store,
     store_int,
@@ -95,33 +98,50 @@ def paged_attention(
         table,
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
-        (num_requests, num_kv_heads, group, tile_queries, sliding_window or 0, min_tasks),
+        num_requests,
+        num_kv_heads,
+        group,
+        tile_queries,
+        sliding_window or 0,
+        min_tasks,
     )
     is_parallel = threads > 1 and num_tasks > 1 and work >= _PARALLEL_WORK
-    tensors = (
-        (q.data_ptr(), q0, q1, out.data_ptr(), num_heads * head_dim, head_dim)
-        + (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
-        + (block_table.data_ptr(), block_table.stride(0), block_size)
-    )
-    (_run_parallel if is_parallel else _run_serial)(
-        MARKERS[q.dtype],
-        threads,
-        num_tasks,
-        (head_dim, group, sliding_window or 0, rows),
-        tensors,
-        (table, offsets, scratch, per_thread, parts, part_size),
+    output = (out.data_ptr(), num_heads * head_dim, head_dim)
+    sizes = (head_dim, group, rows, num_tasks, table, parts, part_size)
+    _attend(
+        q.dtype,
+        threads if is_parallel else 1,
+        is_parallel,
+        *sizes,
+        *output,
+        q.data_ptr(),
+        q0,
+        q1,
+        k_cache.data_ptr(),
+        k0,
+        k1,
+        k2,
+        v_cache.data_ptr(),
+        v0,
+        v1,
+        v2,
+        block_table.data_ptr(),
+        block_table.stride(0),
+        block_size,
+        sliding_window or 0,
+        offsets,
+        scratch,
+        per_thread,
         scale,
         soft_cap or 0.0,
     )
     if num_parts:
-        _merge(
-            MARKERS[q.dtype], num_tasks, (head_dim, group, rows), tensors, table, parts, part_size
-        )
+        _merge(q.dtype, num_tasks, False, *sizes, *output)
     return out
 
 
 def _workspace(*sizes: int) -> tuple[int, int, int, int]:
-    """Addresses of this thread's buffers of int64, int64, fp32 and fp32, of at least the sizes asked for."""
+    """Addresses of this thread's buffers of int64, int64, fp32 and fp32, at least so large."""
     buffers = getattr(_local, "buffers", None)
     if buffers is None or any(b.numel() < size for b, size in zip(buffers, sizes, strict=True)):
         dtypes = (torch.int64, torch.int64, torch.float32, torch.float32)
@@ -131,15 +151,24 @@ def _workspace(*sizes: int) -> tuple[int, int, int, int]:
     return _local.addresses
 
 
-@entry
-def _plan(table, query_start_loc, seq_lens, sizes):
+@njit(cache=True, **COMPILE_OPTIONS)
+def _plan(
+    table,
+    query_start_loc,
+    seq_lens,
+    num_requests,
+    num_kv_heads,
+    group,
+    tile_queries,
+    window,
+    min_tasks,
+):
     """Fill the table of tasks behind its first entry, the counter from which threads draw.
 
     Returns the number of tasks, of partial results, and of (row, key) pairs.
     """
-    num_requests, num_kv_heads, group, tile_queries, window, min_tasks = sizes
-    table = pointer(table, np.int64(0))
-    starts, lengths = pointer(query_start_loc, np.int32(0)), pointer(seq_lens, np.int32(0))
+    table = int64_pointer(table)
+    starts, lengths = int32_pointer(query_start_loc), int32_pointer(seq_lens)
     store_int(table, 0, 0)
     num_unsplit = 0
     for request in range(num_requests):
@@ -179,121 +208,90 @@ def _plan(table, query_start_loc, seq_lens, sizes):
     return num_tasks, num_parts, work
 
 
-@entry
-def _run_serial(marker, threads, num_tasks, sizes, tensors, workspace, scale, soft_cap):
-    _draw_tasks(marker, 0, num_tasks, sizes, tensors, workspace, scale, soft_cap)
-
-
-@parallel_entry
-def _run_parallel(marker, threads, num_tasks, sizes, tensors, workspace, scale, soft_cap):
-    for thread in prange(threads):
-        _draw_tasks(marker, thread, num_tasks, sizes, tensors, workspace, scale, soft_cap)
+@kernel(ints=28, floats=2)
+def _attend(marker, arguments, begin, end):
+    """Draw tasks until there are none; the range is that of the threads."""
+    values = int_arguments(arguments, 28)
+    head_dim, group, max_rows, num_tasks, table, parts, part_size = values[:7]
+    output, queries = values[7:10], values[10:13]
+    k_cache, v_cache, pages = values[13:17], values[17:21], values[21:24]
+    window, offsets, scratch, per_thread = values[24:28]
+    scale, soft_cap = float_argument(arguments, 28), float_argument(arguments, 29)
+    k, v = pointer(k_cache[0], marker), pointer(v_cache[0], marker)
+    for thread in range(begin, end):
+        k_offsets = advance(int64_pointer(offsets), thread * 2 * _BLOCK)
+        v_offsets = advance(k_offsets, _BLOCK)
+        acc = advance(float_pointer(scratch), thread * per_thread)
+        stats = advance(acc, max_rows * head_dim)
+        q = advance(stats, 3 * max_rows)
+        scores = advance(q, max_rows * head_dim)
+        keys = advance(scores, max_rows * _BLOCK)
+        index = fetch_add(int64_pointer(table), 1)
+        while index < num_tasks:
+            task = advance(int64_pointer(table), 1 + index * _TASK_FIELDS)
+            rows = _load_queries(marker, task, queries, group, head_dim, scale, q)
+            _reset(acc, stats, max_rows, rows, head_dim)
+            stop = load_int(task, _KEY_STOP)
+            for first in range(load_int(task, _KEY), stop, _BLOCK):
+                count = min(_BLOCK, stop - first)
+                _locate(task, k_cache, v_cache, pages, first, count, k_offsets)
+                _score(k, k_offsets, count, q, rows, head_dim, keys, scores)
+                _weigh(task, group, first, count, window, soft_cap, scores, stats, max_rows)
+                _add_values(v, v_offsets, count, scores, rows, head_dim, stats, max_rows, acc)
+            if load_int(task, _PART) < 0:
+                sums = advance(stats, max_rows)
+                _write(marker, task, output, group, head_dim, acc, sums)
+            else:
+                part = advance(float_pointer(parts), load_int(task, _PART) * part_size)
+                for j in range(part_size):
+                    store(part, j, load(acc, j))
+            index = fetch_add(int64_pointer(table), 1)
 
 
 @helper
-def _draw_tasks(marker, thread, num_tasks, sizes, tensors, workspace, scale, soft_cap):
-    table, offsets, scratch, per_thread, parts, part_size = workspace
-    table = pointer(table, np.int64(0))
-    offsets = advance(pointer(offsets, np.int64(0)), thread * 2 * _BLOCK)
-    scratch = advance(pointer(scratch, np.float32(0)), thread * per_thread)
-    parts = pointer(parts, np.float32(0))
-    index = fetch_add(table, 1)
-    while index < num_tasks:
-        task = advance(table, 1 + index * _TASK_FIELDS)
-        _attend(marker, task, sizes, tensors, offsets, scratch, np.float32(scale), np.float32(soft_cap))
-        _finish(marker, task, sizes, tensors, scratch, parts, part_size)
-        index = fetch_add(table, 1)
-
-
-@helper
-def _attend(marker, task, sizes, tensors, offsets, scratch, scale, soft_cap):
-    """Leave the unnormalised output, the greatest score and the sum of each row of a task in ``scratch``."""
-    head_dim, group, window, max_rows = sizes
-    acc, maxima, sums, factors, q, scores, keys = _layout(scratch, max_rows, head_dim)
+def _load_queries(marker, task, queries, group, head_dim, scale, q):
+    """Copy a task's rows, scaled, then zeros up to a multiple of ``_ROWS``, which it returns."""
     num_rows = load_int(task, _NUM_QUERIES) * group
+    first, kv_head = load_int(task, _QUERY), load_int(task, _KV_HEAD)
+    for row in range(num_rows):
+        token, head = first + row // group, kv_head * group + row % group
+        source = pointer(queries[0], marker)
+        source = advance(source, token * queries[1] + head * queries[2])
+        for d in range(head_dim):
+            store(q, row * head_dim + d, load(source, d) * scale)
     padded = (num_rows + _ROWS - 1) // _ROWS * _ROWS
-    _load_queries(marker, task, tensors, group, head_dim, padded, scale, q)
-    for j in range(padded * head_dim):
+    for j in range(num_rows * head_dim, padded * head_dim):
+        store(q, j, np.float32(0))
+    return padded
+
+
+@helper
+def _reset(acc, stats, max_rows, rows, head_dim):
+    """No output yet; for each row a greatest score, a sum of weights, and the next factor."""
+    for j in range(rows * head_dim):
         store(acc, j, np.float32(0))
-    for row in range(padded):
-        store(maxima, row, np.float32(-np.inf))
-        store(sums, row, np.float32(0))
-        store(factors, row, np.float32(1))
-    value_offsets = advance(offsets, _BLOCK)
-    k, v = pointer(tensors[6], marker), pointer(tensors[10], marker)
-    stop = load_int(task, _KEY_STOP)
-    for first in range(load_int(task, _KEY), stop, _BLOCK):
-        count = min(_BLOCK, stop - first)
-        width = (count + LANES - 1) // LANES * LANES
-        _locate(task, tensors, first, width, stop, offsets)
-        for j in range(0, width, LANES):
-            for d in range(0, head_dim, LANES):
-                target = advance(keys, j * head_dim + d * LANES)
-                transpose_16x16(advance(k, d), advance(offsets, j), target)
-        for row in range(0, padded, _ROWS):
-            for j in range(0, width, LANES):
-                target = advance(scores, row * _BLOCK + j)
-                _dot_keys(advance(q, row * head_dim), advance(keys, j * head_dim), target, head_dim)
-        for row in range(num_rows):
-            position = load_int(task, _POSITION) + row // group - first
-            low = max(0, position + 1 - window) if window else 0
-            high = min(count, position + 1)
-            row_scores = advance(scores, row * _BLOCK)
-            _softmax(row_scores, width, low, high, soft_cap, row, maxima, sums, factors)
-        for row in range(0, padded, _ROWS):
-            for d in range(0, head_dim, LANES):
-                target = advance(acc, row * head_dim + d)
-                _add_values(
-                    advance(scores, row * _BLOCK), advance(v, d), value_offsets, count,
-                    advance(factors, row), target, head_dim,
-                )  # fmt: skip
+    for row in range(rows):
+        store(stats, row, np.float32(-np.inf))
+        store(stats, max_rows + row, np.float32(0))
+        store(stats, 2 * max_rows + row, np.float32(1))
 
 
 @helper
-def _layout(scratch, max_rows, head_dim):
-    """The parts of a thread's scratch memory."""
-    acc = scratch
-    maxima = advance(acc, max_rows * head_dim)
-    sums = advance(maxima, max_rows)
-    factors = advance(sums, max_rows)
-    q = advance(factors, max_rows)
-    scores = advance(q, max_rows * head_dim)
-    keys = advance(scores, max_rows * _BLOCK)
-    return acc, maxima, sums, factors, q, scores, keys
+def _locate(task, k_cache, v_cache, pages, first, count, offsets):
+    """Offsets of ``count`` keys in their cache and, from ``_BLOCK`` on, of the values.
 
-
-@helper
-def _load_queries(marker, task, tensors, group, head_dim, padded, scale, q):
-    """Copy the scaled rows of a task, and zeros after them."""
-    address, token_stride, head_stride = tensors[0], tensors[1], tensors[2]
-    num_rows = load_int(task, _NUM_QUERIES) * group
-    for row in range(padded):
-        target = advance(q, row * head_dim)
-        if row < num_rows:
-            token = load_int(task, _QUERY) + row // group
-            head = load_int(task, _KV_HEAD) * group + row % group
-            source = advance(pointer(address, marker), token * token_stride + head * head_stride)
-            for d in range(head_dim):
-                store(target, d, load(source, d) * scale)
-        else:
-            for d in range(head_dim):
-                store(target, d, np.float32(0))
-
-
-@helper
-def _locate(task, tensors, first, width, stop, offsets):
-    """Offsets of ``width`` keys in their cache, then those of the values; past the end the last one again."""
-    k0, k1, k2 = tensors[7], tensors[8], tensors[9]
-    v0, v1, v2 = tensors[11], tensors[12], tensors[13]
-    table_address, table_stride, block_size = tensors[14], tensors[15], tensors[16]
-    blocks = advance(pointer(table_address, np.int32(0)), load_int(task, _REQUEST) * table_stride)
+    Behind them the last one stands again, up to a whole vector, so that those reads are valid.
+    """
+    table, table_stride, block_size = pages
+    blocks = advance(int32_pointer(table), load_int(task, _REQUEST) * table_stride)
     head = load_int(task, _KV_HEAD)
     page, within = first // block_size, first % block_size
     block = load_int(blocks, page)
-    for j in range(width):
-        store_int(offsets, j, block * k0 + within * k1 + head * k2)
-        store_int(offsets, _BLOCK + j, block * v0 + within * v1 + head * v2)
-        if first + j + 1 < stop:
+    for j in range((count + LANES - 1) // LANES * LANES):
+        store_int(offsets, j, block * k_cache[1] + within * k_cache[2] + head * k_cache[3])
+        value = block * v_cache[1] + within * v_cache[2] + head * v_cache[3]
+        store_int(offsets, _BLOCK + j, value)
+        if j + 1 < count:
             within += 1
             if within == block_size:
                 page, within = page + 1, 0
@@ -301,138 +299,133 @@ def _locate(task, tensors, first, width, stop, offsets):
 
 
 @helper
-def _dot_keys(q, keys, out, depth):
-    """Scores of 4 rows with 16 keys: ``q [4, depth]``, ``keys [depth, 16]`` -> ``out`` (rows ``_BLOCK`` apart)."""
-    q1, q2, q3 = advance(q, depth), advance(q, 2 * depth), advance(q, 3 * depth)
-    zero = vfill(np.float32(0))
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero  # two sums a row, so that no FMA waits for the last
-    for d in range(0, depth, 2):
-        x = vload(keys, d * LANES)
-        a0, a1 = vfma(load(q, d), x, a0), vfma(load(q1, d), x, a1)
-        a2, a3 = vfma(load(q2, d), x, a2), vfma(load(q3, d), x, a3)
-        y = vload(keys, d * LANES + LANES)
-        b0, b1 = vfma(load(q, d + 1), y, b0), vfma(load(q1, d + 1), y, b1)
-        b2, b3 = vfma(load(q2, d + 1), y, b2), vfma(load(q3, d + 1), y, b3)
-    vstore(out, 0, vadd(a0, b0))
-    vstore(out, _BLOCK, vadd(a1, b1))
-    vstore(out, 2 * _BLOCK, vadd(a2, b2))
-    vstore(out, 3 * _BLOCK, vadd(a3, b3))
+def _score(k, offsets, count, q, rows, head_dim, keys, scores):
+    """``scores [rows, _BLOCK] = q [rows, head_dim] @ keys.T``, 16 keys and 4 rows at a time."""
+    for j in range(0, count, LANES):
+        for d in range(0, head_dim, LANES):
+            transpose_16x16(advance(k, d), advance(offsets, j), advance(keys, d * LANES))
+        for row in range(0, rows, _ROWS):
+            q0 = advance(q, row * head_dim)
+            q1, q2, q3 = advance(q0, head_dim), advance(q0, 2 * head_dim), advance(q0, 3 * head_dim)
+            # Two sums a row, so that no FMA waits for the one before it
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = vfill(np.float32(0))
+            for d in range(0, head_dim, 2):
+                x, y = vload(keys, d * LANES), vload(keys, (d + 1) * LANES)
+                a0, b0 = vfma(load(q0, d), x, a0), vfma(load(q0, d + 1), y, b0)
+                a1, b1 = vfma(load(q1, d), x, a1), vfma(load(q1, d + 1), y, b1)
+                a2, b2 = vfma(load(q2, d), x, a2), vfma(load(q2, d + 1), y, b2)
+                a3, b3 = vfma(load(q3, d), x, a3), vfma(load(q3, d + 1), y, b3)
+            out = advance(scores, row * _BLOCK + j)
+            vstore(out, 0, vadd(a0, b0))
+            vstore(out, _BLOCK, vadd(a1, b1))
+            vstore(out, 2 * _BLOCK, vadd(a2, b2))
+            vstore(out, 3 * _BLOCK, vadd(a3, b3))
 
 
 @helper
-def _softmax(scores, width, low, high, soft_cap, row, maxima, sums, factors):
-    """Turn one row's scores into weights relative to the new maximum, those outside ``low .. high - 1`` into 0."""
-    if high <= low:
-        for j in range(width):
-            store(scores, j, np.float32(0))
-        store(factors, row, np.float32(1))
-        return
-    if soft_cap != 0:
-        for j in range(width):  # cap * tanh(s / cap)
-            e = exp(load(scores, j) * (np.float32(2) / soft_cap))
-            store(scores, j, soft_cap - np.float32(2) * soft_cap / (e + np.float32(1)))
-    for j in range(low):
-        store(scores, j, np.float32(-np.inf))
-    for j in range(high, width):
-        store(scores, j, np.float32(-np.inf))
-    best = vload(scores, 0)
-    for j in range(LANES, width, LANES):
-        best = vmax(best, vload(scores, j))
-    old = load(maxima, row)
-    new = max(old, greatest(best))
-    total = np.float32(0)
-    for j in range(width):
-        weight = exp(load(scores, j) - new)
-        total += weight
-        store(scores, j, weight)
-    factor = exp(old - new)
-    store(maxima, row, new)
-    store(sums, row, load(sums, row) * factor + total)
-    store(factors, row, factor)
+def _weigh(task, group, first, count, window, soft_cap, scores, stats, max_rows):
+    """Turn scores into weights relative to each row's greatest score so far; 0 where masked."""
+    width = (count + LANES - 1) // LANES * LANES
+    for row in range(load_int(task, _NUM_QUERIES) * group):
+        position = load_int(task, _POSITION) + row // group - first
+        low = max(0, position + 1 - window) if window else 0
+        high = min(count, position + 1)
+        s = advance(scores, row * _BLOCK)
+        old = load(stats, row)
+        new = old
+        if low < high:
+            if soft_cap != 0:
+                for j in range(width):  # cap * tanh(s / cap)
+                    e = exp(load(s, j) * (np.float32(2) / soft_cap))
+                    store(s, j, soft_cap - np.float32(2) * soft_cap / (e + np.float32(1)))
+            for j in range(low):
+                store(s, j, np.float32(-np.inf))
+            for j in range(high, width):
+                store(s, j, np.float32(-np.inf))
+            best = vload(s, 0)
+            for j in range(LANES, width, LANES):
+                best = vmax(best, vload(s, j))
+            new = max(old, greatest(best))
+            total = np.float32(0)
+            for j in range(width):
+                weight = exp(load(s, j) - new)
+                total += weight
+                store(s, j, weight)
+        else:
+            total = np.float32(0)
+            for j in range(width):
+                store(s, j, np.float32(0))
+        factor = exp(old - new) if low < high else np.float32(1)
+        store(stats, row, new)
+        store(stats, max_rows + row, load(stats, max_rows + row) * factor + total)
+        store(stats, 2 * max_rows + row, factor)
 
 
 @helper
-def _add_values(weights, values, offsets, count, factors, acc, stride):
-    """``acc = factor * acc + weights @ values`` for 4 rows and 16 columns."""
-    w1, w2, w3 = (
-        advance(weights, _BLOCK),
-        advance(weights, 2 * _BLOCK),
-        advance(weights, 3 * _BLOCK),
-    )
-    a0 = vscale(load(factors, 0), vload(acc, 0))
-    a1 = vscale(load(factors, 1), vload(acc, stride))
-    a2 = vscale(load(factors, 2), vload(acc, 2 * stride))
-    a3 = vscale(load(factors, 3), vload(acc, 3 * stride))
-    b0 = b1 = b2 = b3 = vfill(np.float32(0))
+def _add_values(v, offsets, count, weights, rows, head_dim, stats, max_rows, acc):
+    """``acc = factor * acc + weights [rows, count] @ values``, 4 rows and 16 columns at a time."""
     even = count // 2 * 2
-    for j in range(0, even, 2):
-        x = vload(values, load_int(offsets, j))
-        a0, a1 = vfma(load(weights, j), x, a0), vfma(load(w1, j), x, a1)
-        a2, a3 = vfma(load(w2, j), x, a2), vfma(load(w3, j), x, a3)
-        y = vload(values, load_int(offsets, j + 1))
-        b0, b1 = vfma(load(weights, j + 1), y, b0), vfma(load(w1, j + 1), y, b1)
-        b2, b3 = vfma(load(w2, j + 1), y, b2), vfma(load(w3, j + 1), y, b3)
-    if even < count:
-        x = vload(values, load_int(offsets, even))
-        a0, a1 = vfma(load(weights, even), x, a0), vfma(load(w1, even), x, a1)
-        a2, a3 = vfma(load(w2, even), x, a2), vfma(load(w3, even), x, a3)
-    vstore(acc, 0, vadd(a0, b0))
-    vstore(acc, stride, vadd(a1, b1))
-    vstore(acc, 2 * stride, vadd(a2, b2))
-    vstore(acc, 3 * stride, vadd(a3, b3))
+    for row in range(0, rows, _ROWS):
+        w0 = advance(weights, row * _BLOCK)
+        w1, w2, w3 = advance(w0, _BLOCK), advance(w0, 2 * _BLOCK), advance(w0, 3 * _BLOCK)
+        factors = advance(stats, 2 * max_rows + row)
+        for d in range(0, head_dim, LANES):
+            column, out = advance(v, d), advance(acc, row * head_dim + d)
+            a0 = vscale(load(factors, 0), vload(out, 0))
+            a1 = vscale(load(factors, 1), vload(out, head_dim))
+            a2 = vscale(load(factors, 2), vload(out, 2 * head_dim))
+            a3 = vscale(load(factors, 3), vload(out, 3 * head_dim))
+            b0 = b1 = b2 = b3 = vfill(np.float32(0))
+            for j in range(0, even, 2):
+                x = vload(column, load_int(offsets, j))
+                y = vload(column, load_int(offsets, j + 1))
+                a0, b0 = vfma(load(w0, j), x, a0), vfma(load(w0, j + 1), y, b0)
+                a1, b1 = vfma(load(w1, j), x, a1), vfma(load(w1, j + 1), y, b1)
+                a2, b2 = vfma(load(w2, j), x, a2), vfma(load(w2, j + 1), y, b2)
+                a3, b3 = vfma(load(w3, j), x, a3), vfma(load(w3, j + 1), y, b3)
+            if even < count:
+                x = vload(column, load_int(offsets, even))
+                a0, a1 = vfma(load(w0, even), x, a0), vfma(load(w1, even), x, a1)
+                a2, a3 = vfma(load(w2, even), x, a2), vfma(load(w3, even), x, a3)
+            vstore(out, 0, vadd(a0, b0))
+            vstore(out, head_dim, vadd(a1, b1))
+            vstore(out, 2 * head_dim, vadd(a2, b2))
+            vstore(out, 3 * head_dim, vadd(a3, b3))
 
 
 @helper
-def _finish(marker, task, sizes, tensors, scratch, parts, part_size):
-    """Write a task's rows: normalised to the output, or as they are to its partial result."""
-    head_dim, group, _, max_rows = sizes
-    acc, maxima, sums, _, _, _, _ = _layout(scratch, max_rows, head_dim)
-    num_rows = load_int(task, _NUM_QUERIES) * group
-    part = load_int(task, _PART)
-    if part < 0:
-        for row in range(num_rows):
-            target = _output_row(marker, task, tensors, group, row)
-            scale = np.float32(1) / load(sums, row)
-            for d in range(head_dim):
-                store(target, d, load(acc, row * head_dim + d) * scale)
-    else:
-        target = advance(parts, part * part_size)
-        for j in range(max_rows * head_dim + 2 * max_rows):  # the three are adjacent in both
-            store(target, j, load(acc, j))
+def _write(marker, task, output, group, head_dim, acc, sums):
+    """Write a task's rows to the output, each divided by its sum."""
+    for row in range(load_int(task, _NUM_QUERIES) * group):
+        token = load_int(task, _QUERY) + row // group
+        head = load_int(task, _KV_HEAD) * group + row % group
+        target = advance(pointer(output[0], marker), token * output[1] + head * output[2])
+        scale = np.float32(1) / load(sums, row)
+        for d in range(head_dim):
+            store(target, d, load(acc, row * head_dim + d) * scale)
 
 
-@helper
-def _output_row(marker, task, tensors, group, row):
-    token = load_int(task, _QUERY) + row // group
-    head = load_int(task, _KV_HEAD) * group + row % group
-    return advance(pointer(tensors[3], marker), token * tensors[4] + head * tensors[5])
-
-
-@entry
-def _merge(marker, num_tasks, sizes, tensors, table, parts, part_size):
-    """Combine the partial results of each split task, weighted by the exponentials of their maxima."""
-    head_dim, group, max_rows = sizes
-    table, parts = pointer(table, np.int64(0)), pointer(parts, np.float32(0))
-    for index in range(num_tasks):
-        task = advance(table, 1 + index * _TASK_FIELDS)
+@kernel(ints=10)
+def _merge(marker, arguments, begin, end):
+    """Combine the partial results of each split task, by the rule of the online softmax."""
+    values = int_arguments(arguments, 10)
+    head_dim, group, max_rows, _, table, parts, part_size = values[:7]
+    for index in range(begin, end):
+        task = advance(int64_pointer(table), 1 + index * _TASK_FIELDS)
         num_parts = load_int(task, _NUM_PARTS)
         if num_parts <= 1:
             continue
-        first = advance(parts, load_int(task, _PART) * part_size)
-        for row in range(load_int(task, _NUM_QUERIES) * group):
-            best = np.float32(-np.inf)
-            for p in range(num_parts):
-                best = max(best, load(first, p * part_size + max_rows * head_dim + row))
-            total = np.float32(0)
-            merged = advance(first, row * head_dim)
-            for p in range(num_parts):
-                part = advance(first, p * part_size)
-                factor = exp(load(part, max_rows * head_dim + row) - best)
-                total += factor * load(part, max_rows * head_dim + max_rows + row)
-                part = advance(part, row * head_dim)
-                for d in range(head_dim):
-                    kept = np.float32(0) if p == 0 else load(merged, d)
-                    store(merged, d, kept + factor * load(part, d))
-            target = _output_row(marker, task, tensors, group, row)
-            for d in range(head_dim):
-                store(target, d, load(merged, d) / total)
+        acc = advance(float_pointer(parts), load_int(task, _PART) * part_size)
+        stats = advance(acc, max_rows * head_dim)
+        for p in range(1, num_parts):
+            other = advance(acc, p * part_size)
+            other_stats = advance(other, max_rows * head_dim)
+            for row in range(load_int(task, _NUM_QUERIES) * group):
+                best = max(load(stats, row), load(other_stats, row))
+                a, b = exp(load(stats, row) - best), exp(load(other_stats, row) - best)
+                store(stats, row, best)
+                total = load(stats, max_rows + row) * a + load(other_stats, max_rows + row) * b
+                store(stats, max_rows + row, total)
+                for d in range(row * head_dim, (row + 1) * head_dim):
+                    store(acc, d, load(acc, d) * a + load(other, d) * b)
+        _write(marker, task, values[7:10], group, head_dim, acc, advance(stats, max_rows))

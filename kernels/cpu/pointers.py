@@ -1,32 +1,32 @@
 """Typed raw pointers for numba kernels: fp32 and bf16 memory read as fp32.
 
-A kernel takes addresses (``tensor.data_ptr()``) and a *marker*, a NumPy scalar whose type says what the addresses
-point at: ``float32`` for fp32, ``uint16`` for bf16. That makes a call cost about one microsecond however many
-tensors it takes (unboxing NumPy views costs more than most of the kernels), and lets LLVM vectorise: an index into a
-NumPy array may be negative, an offset from a pointer may not. Nothing is bounds-checked: the callers check shapes.
+A kernel takes addresses (``tensor.data_ptr()``) and a *marker*, a NumPy scalar whose type says what
+the addresses point at: ``float32`` for fp32, ``uint16`` for bf16. That makes a call cost about one
+microsecond however many tensors it takes (unboxing NumPy views costs more than most of the
+kernels), and lets LLVM vectorise: an index into a NumPy array may be negative, an offset from a
+pointer may not. Nothing is bounds-checked: the callers check shapes.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Sums may be reordered and products contracted into FMAs; NaN and infinity keep their meaning.
-_FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+# Sums may be reordered and products contracted into FMAs; NaN and infinity keep their meaning. With
+# Python's own error model each division may raise, which ends vectorisation.
+COMPILE_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+    "nogil": True,
+}
 
-# A helper is compiled into its callers. With Python's own error model each division may raise, which ends vectorisation.
-helper = functools.partial(njit, fastmath=_FASTMATH, error_model="numpy", nogil=True)
-# What Python calls: compiled on the first call and kept on disk. numba keys that file by the source of the entry's own
-# module: after a change in another one (this, say) delete `__pycache__`.
-entry = functools.partial(helper, cache=True)
-parallel_entry = functools.partial(entry, parallel=True)
-
-MARKERS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+# Compiled into its callers, again for each of them: nest helpers little, or compilation takes long.
+helper = functools.partial(njit, **COMPILE_OPTIONS)
 
 _F32, _I32, _I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
@@ -38,7 +38,11 @@ def is_bf16(base: types.CPointer) -> bool:
 
 def _like(value, element):
     """``element`` as a type of the same shape as ``value``: a scalar's or a vector's."""
-    return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
+    return (
+        ir.VectorType(element, value.type.count)
+        if isinstance(value.type, ir.VectorType)
+        else element
+    )
 
 
 def widen(builder, bits):
@@ -66,13 +70,42 @@ def _constant(kind, number):
 
 @intrinsic
 def pointer(typingctx, address, marker):
-    """``address`` (int64) as a pointer to the type of ``marker``."""
-    pointer_type = types.CPointer(marker)
+    """``address`` (int64) as a pointer of the type of ``marker``, whose value does not matter."""
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(pointer_type))
+        return builder.inttoptr(args[0], context.get_value_type(marker))
 
-    return pointer_type(types.int64, marker), codegen
+    return marker(types.int64, marker), codegen
+
+
+@intrinsic
+def float_pointer(typingctx, address):
+    """``address`` as a pointer to fp32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _F32.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic
+def int32_pointer(typingctx, address):
+    """``address`` as a pointer to int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I32.as_pointer())
+
+    return types.CPointer(types.int32)(types.int64), codegen
+
+
+@intrinsic
+def int64_pointer(typingctx, address):
+    """``address`` as a pointer to int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
 
 
 @intrinsic
@@ -167,11 +200,15 @@ def _bits_to_float(typingctx, bits):
 
 @intrinsic
 def _round_to_int(typingctx, value):
-    """Nearest integer of an fp32 of magnitude under 2**22, as int32, by one addition (it vectorises everywhere)."""
+    """Nearest integer of an fp32 under 2**22, as int32: one addition, which always vectorises."""
 
     def codegen(context, builder, signature, args):
-        magic = ir.Constant(_F32, 12582912.0)  # 1.5 * 2**23: the sum's low mantissa bits are the integer
-        shifted = builder.fadd(args[0], magic)  # no fast-math flags here, or it would be folded away
+        magic = ir.Constant(
+            _F32, 12582912.0
+        )  # 1.5 * 2**23: the sum's low mantissa bits are the integer
+        shifted = builder.fadd(
+            args[0], magic
+        )  # no fast-math flags here, or it would be folded away
         return builder.sub(builder.bitcast(shifted, _I32), builder.bitcast(magic, _I32))
 
     return types.int32(types.float32), codegen
@@ -181,8 +218,8 @@ def _round_to_int(typingctx, value):
 def exp(x):
     """``e ** x`` in fp32 within 2 ulp, for ``x`` clamped to -87.3 .. 88.3; a NaN stays one.
 
-    A call to libm does not vectorise. ``x = n log 2 + r``, and ``e ** r`` by the Taylor polynomial of degree 7 on
-    ``|r| <= log(2) / 2``, whose remainder is under 1e-8.
+    A call to libm does not vectorise. ``x = n log 2 + r``, and ``e ** r`` by the Taylor polynomial
+    of degree 7 on ``|r| <= log(2) / 2``, whose remainder is under 1e-8.
     """
     clamped = min(max(x, np.float32(-87.3)), np.float32(88.3))
     n = _round_to_int(clamped * np.float32(1.4426950408889634))

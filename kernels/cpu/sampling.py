@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from kernels.cpu.pointers import (
-    MARKERS,
-    advance,
-    entry,
-    helper,
-    load,
-    parallel_entry,
-    pointer,
-    store_int,
-)
-from kernels.cpu.threads import num_threads
+from kernels.cpu.launch import int_arguments, kernel
+from kernels.cpu.pointers import advance, helper, int64_pointer, load, pointer, store_int
 from kernels.cpu.vector import LANES, greatest, vfill, vload, vmax
 
-_PARALLEL_NUMEL = 1 << 18
-_CHUNK = 1024
+_PARALLEL_NUMEL = 1 << 18  # under which a second thread costs more than it saves
+_CHUNK = 1024  # logits that stay in the first-level cache between two passes
 
 
 def argmax(logits: Tensor) -> Tensor:
     """See :func:`kernels.sampling.argmax`."""
     rows, width = logits.shape
-    assert width > 0 and (logits.stride(1) == 1 or width == 1)
+    row_stride, dense = logits.stride()
+    assert width > 0 and (dense == 1 or width == 1)
     out = torch.empty(rows, dtype=torch.int64)
-    is_parallel = rows > 1 and logits.numel() >= _PARALLEL_NUMEL and num_threads() > 1
-    (_argmax_parallel if is_parallel else _argmax_serial)(
-        MARKERS[logits.dtype], logits.data_ptr(), out.data_ptr(), rows, width, logits.stride(0)
-    )
+    is_parallel = rows > 1 and rows * width >= _PARALLEL_NUMEL
+    addresses = (logits.data_ptr(), out.data_ptr())
+    _argmax(logits.dtype, rows, is_parallel, *addresses, width, row_stride)
     return out
 
 
@@ -48,7 +38,7 @@ def _has_nan(x, start, stop):
 @helper
 def _max(x, start, stop):
     """Greatest of ``x[start:stop]`` apart from NaNs."""
-    a = b = vfill(-np.inf)
+    a = b = vfill(np.float32(-np.inf))
     end = start + (stop - start) // (2 * LANES) * (2 * LANES)
     for j in range(start, end, 2 * LANES):
         a = vmax(a, vload(x, j))
@@ -77,15 +67,9 @@ def _argmax_row(x, width):
     return 0
 
 
-@entry
-def _argmax_serial(marker, logits, out, rows, width, row_stride):
-    logits, out = pointer(logits, marker), pointer(out, np.int64(0))
-    for row in range(rows):
-        store_int(out, row, _argmax_row(advance(logits, row * row_stride), width))
-
-
-@parallel_entry
-def _argmax_parallel(marker, logits, out, rows, width, row_stride):
-    logits, out = pointer(logits, marker), pointer(out, np.int64(0))
-    for row in prange(rows):
+@kernel(ints=4)
+def _argmax(marker, arguments, begin, end):
+    logits, out, width, row_stride = int_arguments(arguments, 4)
+    logits, out = pointer(logits, marker), int64_pointer(out)
+    for row in range(begin, end):
         store_int(out, row, _argmax_row(advance(logits, row * row_stride), width))

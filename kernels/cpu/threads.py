@@ -1,8 +1,9 @@
 """One thread pool for torch and numba, or none for numba.
 
-torch and numba's ``omp`` layer both use OpenMP. torch is loaded first, with global visibility, so the layer binds
-to torch's copy of the run-time and the two share their threads. Any other layer would be a second pool whose threads
-compete with torch's spinning ones: without a shared pool the kernels run on the calling thread alone.
+torch and numba's ``omp`` layer both use OpenMP. torch is loaded first, with global visibility, so
+the layer binds to torch's copy of the run-time and the two share their threads. Any other layer
+would be a second pool whose threads compete with torch's spinning ones: without a shared pool the
+kernels run on the calling thread alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _local = threading.local()
 
 
 def num_threads() -> int:
-    """Threads that a parallel kernel called next will use: torch's number, or 1 without a shared pool."""
+    """Threads that a kernel called next may use: torch's number, or 1 without a shared pool."""
     wanted = torch.get_num_threads()
     if wanted == 1 or not shares_torch_pool():
         return 1

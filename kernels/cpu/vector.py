@@ -1,7 +1,8 @@
 """Sixteen fp32 numbers as one value in numba kernels.
 
-LLVM keeps such a value in one AVX-512 register, two AVX ones or four NEON ones, so that a kernel can say which partial
-sums stay in registers. The loops of simple kernels need none of this: LLVM vectorises them by itself.
+LLVM keeps such a value in one AVX-512 register, two AVX ones or four NEON ones, so that a kernel
+can say which partial sums stay in registers. The loops of simple kernels need none of this: LLVM
+vectorises them by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _splat(builder, scalar):
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    one = builder.insert_element(
+        ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+    )
     mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(one, one, mask)
 
@@ -152,8 +155,8 @@ def greatest(typingctx, value):
 def transpose_16x16(typingctx, source, rows, target):
     """Transpose a block whose rows lie apart.
 
-    Row j is the 16 elements of ``source`` from offset ``rows[j]`` (int64 pointer); ``target`` (fp32 pointer) receives
-    the 16 columns one after another.
+    Row j is the 16 elements of ``source`` from offset ``rows[j]`` (int64 pointer); ``target`` (fp32
+    pointer) receives the 16 columns one after another.
     """
     bf16 = is_bf16(source)
 
@@ -163,7 +166,8 @@ def transpose_16x16(typingctx, source, rows, target):
         for j in range(LANES):
             offset = builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(64), j)]))
             v.append(_load(builder, base, offset, bf16))
-        # Each stage swaps the off-diagonal blocks of every 2 x 2 arrangement of blocks of size `step`.
+        # Each stage swaps the off-diagonal blocks of every 2 x 2 arrangement of blocks of size
+        # `step`.
         for step in (8, 4, 2, 1):
             lanes = range(LANES)
             upper = [k if not k & step else LANES + k - step for k in lanes]

@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
-from workbench.baselines import hf_model
+from tests.helpers.baselines import (
+    CONTEXT,
+    VOCAB_SIZE,
+    cheap_collections,
+    one_thread,
+    plain_model,
+    save_tiny_llama,
+)
 from workbench.baselines.hf_generate import HfNaive
 from workbench.baselines.reference import ReferenceModel, reference_tokens
 from workbench.core.errors import RequestError
 
-VOCAB_SIZE = 256
-CONTEXT = 64
 PROMPTS = [[5, 9, 200, 31], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = [8, 12, 3]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Any:
-    # Every run collects garbage; what the imported libraries hold need not be looked at again.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    assert not hf_model._loaded, "a test left a model open"
+_cheap_collections = pytest.fixture(cheap_collections, autouse=True, scope="module")
+_one_thread = pytest.fixture(one_thread, autouse=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    path = tmp_path_factory.mktemp("tiny") / "llama"
-    LlamaForCausalLM(config).save_pretrained(path)
+    path = save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
     # Sampling defaults of a checkpoint must not reach the reference.
     GenerationConfig(do_sample=True, repetition_penalty=9.0).save_pretrained(path)
     return path
@@ -65,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def logits(folder: Path) -> Any:
     """The logits after a prefix, by a whole forward."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = plain_model(folder)
 
     def after(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():

@@ -106,8 +106,17 @@ def test_a_line_is_one_write_and_synced(tmp_path: Path, monkeypatch: pytest.Monk
     writes: list[bytes] = []
     synced: list[int] = []
     real_write, real_sync = os.write, os.fsync
-    monkeypatch.setattr(os, "write", lambda fd, data: (writes.append(data), real_write(fd, data))[1])
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real_sync(fd))[1])
+
+    def write(fd: int, data: bytes) -> int:
+        writes.append(data)
+        return real_write(fd, data)
+
+    def sync(fd: int) -> None:
+        synced.append(fd)
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "fsync", sync)
     ResultStore(tmp_path).append(make_record())
     assert len(writes) == 1 and len(synced) == 1
     assert writes[0].endswith(b"\n") and writes[0].count(b"\n") == 1
@@ -176,8 +185,10 @@ def test_killed_writers_leave_whole_lines(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path), root],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=root,
+        )
         for _ in range(2)
     ]
     for writer in writers:

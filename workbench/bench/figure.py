@@ -91,7 +91,7 @@ def _figure(records: Sequence[Record]) -> Figure:
     rows = len(records)
     figure = Figure(figsize=(12.5, max(4.2, 1.7 + 0.75 * rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 3, width_ratios=(1.7, 1, 1))
+    grid = figure.add_gridspec(1, 3, width_ratios=(2, 1, 1))
     bars, ttft, tpot = (figure.add_subplot(grid[0, column]) for column in range(3))
     _draw_bars(bars, records)
     _draw_ecdf(ttft, records, "ttft_ms", "TTFT, ms (with queueing)")
@@ -124,12 +124,12 @@ def _draw_bars(axes: Axes, records: Sequence[Record]) -> None:
     ceilings = [_ceiling(record) for record in records]
     top = max([v for v in [*speeds.values(), *ceilings] if v is not None], default=1.0)
     # What is printed beside a bar needs room to its right.
-    axes.set_xlim(0, top * 1.75)
+    axes.set_xlim(0, top * 2.1)
     for index, (record, ceiling) in enumerate(zip(records, ceilings, strict=True)):
         speed = speeds[record.variant]
         if speed is None:
             text = f"{record.verdict}: {record.status.lower().replace('_', ' ')}, no speed"
-            axes.text(top * 0.01, index, text, va="center", color="#882222", fontsize=9)
+            axes.text(top * 0.015, index, text, va="center", color="#882222", fontsize=9)
             continue
         axes.barh(index, speed, height=0.62, color=_colour(index), alpha=0.85)
         rounds = (record.metrics or {})["output_tok_s"]["per_round"]
@@ -155,7 +155,7 @@ def _draw_bars(axes: Axes, records: Sequence[Record]) -> None:
             reach = max(reach, ceiling)
         _annotate(axes, record, index, speed, reach + top * 0.025)
     axes.set_yticks(range(len(records)), [_wrapped(record.variant) for record in records])
-    axes.invert_yaxis()
+    axes.set_ylim(len(records) - 0.45, -0.55)
     axes.set_xlabel("output tok/s (median of rounds; dots: rounds)")
     axes.set_title(_bars_title(records, ceilings), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -173,21 +173,24 @@ def _bars_title(records: Sequence[Record], ceilings: Sequence[float | None]) -> 
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(" + ", "\n+ ").replace(" ", "\n", 1) if len(name) > 16 else name
+    return name.replace(" + ", "\n+ ") if len(name) > 16 else name
 
 
 def _annotate(axes: Axes, record: Record, index: int, speed: float, x: float) -> None:
-    text = quantity(speed)
+    text = f"{quantity(speed)}  {record.verdict}"
     if record.speedup is not None:
-        text += f"   {record.speedup:.2f}x {record.baseline}: {record.word}"
+        text += f"  {record.speedup:.2f}x {record.baseline}: {record.word}"
     elif record.status == "INTERRUPTED":
-        text += "   INTERRUPTED"
-    axes.text(x, index - 0.12, text, va="center", fontsize=8.5)
+        text += "  INTERRUPTED"
     shown = list(record.evidence.items())[:_MAX_EVIDENCE]
     rest = len(record.evidence) - len(shown)
     lines = [f"{name} {value:,.6g}" for name, value in shown] + ([f"+{rest}"] if rest else [])
-    below = "; ".join([record.verdict, *lines])
-    axes.text(x, index + 0.2, below, va="center", fontsize=7, color="#444444")
+    rows = [", ".join(lines[i : i + 2]) for i in range(0, len(lines), 2)]
+    # Long texts may leave the axes, but must not squeeze them.
+    axes.text(x, index - (0.16 if rows else 0), text, va="center", fontsize=8.5, in_layout=False)
+    axes.text(
+        x, index + 0.02, "\n".join(rows), va="top", fontsize=7, color="#444444", in_layout=False
+    )
 
 
 def _speed(record: Record) -> float | None:
@@ -217,7 +220,7 @@ def _draw_ecdf(axes: Axes, records: Sequence[Record], name: str, label: str) -> 
             np.concatenate([[0.0], share]),
             where="post",
             color=_colour(index),
-            ls=_LINES[(index // 2) % len(_LINES)],
+            ls=_LINES[index % len(_LINES)],
             lw=1.8,
         )
     if values_seen:
@@ -238,8 +241,7 @@ def _legend(figure: Figure, records: Sequence[Record]) -> None:
     if not drawn:
         return
     handles = [
-        Line2D([], [], color=_colour(i), ls=_LINES[(i // 2) % len(_LINES)], lw=1.8)
-        for i, _ in drawn
+        Line2D([], [], color=_colour(i), ls=_LINES[i % len(_LINES)], lw=1.8) for i, _ in drawn
     ]
     labels = [record.variant for _, record in drawn]
     figure.legend(

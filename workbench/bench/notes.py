@@ -11,24 +11,28 @@ _SHOWN_DETAILS = ("batch_size", "max_num_seqs", "block_size", "num_threads")
 _MAX_PARTS = 5
 
 
-def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list[str]:
-    """Return the footnotes of a table, one numbered line a row and what holds for all of it.
+Note = tuple[str, str]
+"""The number of the row it speaks of (empty: all of them), and its text."""
+
+
+def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list[Note]:
+    """Return the footnotes of a table: what each row is, then what holds for all of it.
 
     Parameters
     ----------
     with_evidence
         Also say the evidence, for a table that has no column for it.
     """
-    lines = []
+    lines: list[Note] = []
     for number, record in enumerate(records, start=1):
         parts = [*_what(record), *_against(record), *_host(record), *_kv(record)]
         if with_evidence and record.evidence:
             found = ", ".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
             parts.append(f"evidence {found}")
-        lines.append(f"{number} " + "; ".join(parts))
+        lines.append((str(number), "; ".join(parts)))
         if record.error:
-            lines.append(f"  {record.status}: {record.error}")
-    return lines + _general(records)
+            lines.append(("", f"{record.status}: {record.error}"))
+    return lines + _unstable(records) + [("", line) for line in _general(records)]
 
 
 def _what(record: Record) -> list[str]:
@@ -95,6 +99,8 @@ def _host(record: Record) -> list[str]:
 def _kv(record: Record) -> list[str]:
     """Share of the reserved KV that no token used, and how near the prediction came."""
     memory = record.memory or {}
+    if record.metrics is None:
+        return []
     parts = []
     allocated, used = memory.get("kv_allocated_tokens", 0), memory.get("kv_used_tokens", 0)
     if allocated:
@@ -104,14 +110,14 @@ def _kv(record: Record) -> list[str]:
         parts.append(text)
     predicted = sum((memory.get("predicted") or {}).values())
     if predicted:
-        parts.append(f"peak memory {100 * memory['peak_memory_bytes'] / predicted:.0f} % of ledger")
+        share = 100 * memory["peak_memory_bytes"] / predicted
+        parts.append(f"peak memory {share:.0f} % of the ledger's prediction")
     return parts
 
 
 def _general(records: Sequence[Record]) -> list[str]:
     """What holds for the whole table."""
     lines: list[str] = []
-    lines += _unstable(records)
     measured = [record for record in records if record.metrics is not None]
     if measured:
         lines.append(
@@ -133,7 +139,7 @@ def _general(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _unstable(records: Sequence[Record]) -> list[str]:
+def _unstable(records: Sequence[Record]) -> list[Note]:
     """Name the counts that were not the same in every round."""
     lines = []
     for number, record in enumerate(records, start=1):
@@ -141,7 +147,10 @@ def _unstable(records: Sequence[Record]) -> list[str]:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(
-                f"{number} counts differ between rounds: {', '.join(names[:3])}{more}; "
-                "it does not run deterministically."
+                (
+                    str(number),
+                    f"counts differ between rounds: {', '.join(names[:3])}{more}; "
+                    "it does not run deterministically.",
+                )
             )
     return lines

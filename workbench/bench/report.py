@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,10 +17,36 @@ from workbench.bench.notes import footnotes
 from workbench.bench.records import Record
 from workbench.bench.run import VariantResult
 
-NARROW = 110
-"""Below this many columns the table drops to what decides: speed, memory, speed-up, verdict."""
+_WIDE, _TIGHT = 110, 76
+"""Console widths from which every column, or all but the wide ones, fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the table, shown on consoles of at least ``min_console_width`` columns."""
+
+    key: str
+    header: str
+    is_number: bool = True
+    is_foldable: bool = False
+    min_console_width: int = 0
+
+
+_COLUMNS = (
+    _Column("variant", "variant", is_number=False, is_foldable=True),
+    _Column("output_tok_s", "output\ntok/s"),
+    _Column("ttft_ms", "TTFT\np50 ms", min_console_width=_TIGHT),
+    _Column("tpot_ms", "TPOT\np50 ms"),
+    _Column("itl_ms", "ITL ms\np50/p99", min_console_width=_WIDE),
+    _Column("memory", "peak\nmemory", min_console_width=_TIGHT),
+    _Column("mbu", "MBU\n%", min_console_width=_WIDE),
+    _Column("speedup", "speed-up\n[95 % interval]", is_number=False),
+    _Column("verdict", "correct?", is_number=False),
+    _Column("evidence", "evidence", is_number=False, is_foldable=True, min_console_width=_WIDE),
+)
 
 _NONE = "-"
+_MAX_EVIDENCE = 4
 
 
 def records_of(results: Sequence[VariantResult | Record]) -> list[Record]:
@@ -41,32 +69,35 @@ def print_table(results: Sequence[VariantResult | Record], console: Console | No
 def render_table(results: Sequence[VariantResult | Record], width: int = 120) -> RenderableType:
     """Build the table and its footnotes for a console of ``width`` columns."""
     records = records_of(results)
-    is_narrow = width < NARROW
+    shown = [c for c in _COLUMNS if width >= c.min_console_width]
     table = Table(
-        title=_title(records), title_justify="left", pad_edge=False, collapse_padding=True
+        title=_title(records),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("variant", overflow="fold", min_width=12)
-    table.add_column("output\ntok/s", justify="right", no_wrap=True)
-    table.add_column("TTFT\np50 ms", justify="right", no_wrap=True)
-    table.add_column("TPOT\np50 ms", justify="right", no_wrap=True)
-    if not is_narrow:
-        table.add_column("ITL ms\np50 / p99", justify="right", no_wrap=True)
-    table.add_column("peak\nmemory", justify="right", no_wrap=True)
-    if not is_narrow:
-        table.add_column("MBU\n%", justify="right", no_wrap=True)
-    table.add_column("speed-up\n[95 % interval]", overflow="fold")
-    table.add_column("correct?", overflow="fold")
-    if not is_narrow:
-        table.add_column("evidence", overflow="fold", ratio=1)
+    for column in shown:
+        table.add_column(
+            column.header,
+            justify="right" if column.is_number else "left",
+            # Only these give way on a console that is too narrow for all.
+            no_wrap=not column.is_foldable and width >= _TIGHT,
+            overflow="fold",
+        )
     for number, record in enumerate(records, start=1):
         cells = _cells(record, number)
-        if is_narrow:
-            cells = [cells[i] for i in (0, 1, 2, 3, 5, 7, 8)]
-        table.add_row(*cells)
-    lines = footnotes(records, with_evidence=is_narrow)
-    unstored = [r.store_error for r in results if isinstance(r, VariantResult)]
-    lines += [f"! no record written: {error}" for error in unstored if error]
-    return Group(table, *(Text(line, overflow="fold") for line in lines))
+        table.add_row(*(cells[column.key] for column in shown))
+    has_evidence = any(column.key == "evidence" for column in shown)
+    notes = Table.grid(padding=(0, 1))
+    notes.add_column(justify="right", no_wrap=True)
+    notes.add_column(overflow="fold")
+    for mark, line in footnotes(records, with_evidence=not has_evidence):
+        notes.add_row(mark, Text(line, overflow="fold"))
+    for result in results:
+        if isinstance(result, VariantResult) and result.store_error:
+            notes.add_row("!", Text(f"no record written: {result.store_error}", overflow="fold"))
+    return Group(table, notes)
 
 
 def _title(records: Sequence[Record]) -> str:
@@ -84,27 +115,23 @@ def _title(records: Sequence[Record]) -> str:
     return " · ".join(parts)
 
 
-def _cells(record: Record, number: int) -> list[Text]:
+def _cells(record: Record, number: int) -> dict[str, Text]:
     metrics = record.metrics or {}
     memory = (record.memory or {}).get("peak_memory_bytes")
     mbu = (record.roofline or {}).get("mbu")
-    return [
-        Text(f"{number} {record.variant}"),
-        Text(quantity(_value(metrics, "output_tok_s"))),
-        Text(quantity(_value(metrics, "ttft_ms", "p50"))),
-        Text(quantity(_value(metrics, "tpot_ms", "p50"))),
-        Text(
-            f"{quantity(_value(metrics, 'itl_ms', 'p50'))} / "
-            f"{quantity(_value(metrics, 'itl_ms', 'p99'))}"
-            if metrics
-            else _NONE
-        ),
-        Text(byte_size(memory)),
-        Text(_NONE if mbu is None else f"{100 * mbu:.0f}"),
-        _speedup_cell(record),
-        _verdict_cell(record),
-        Text(_evidence(record)),
-    ]
+    itl = [quantity(_value(metrics, "itl_ms", key)) for key in ("p50", "p99")]
+    return {
+        "variant": Text(f"{number} {record.variant}"),
+        "output_tok_s": Text(quantity(_value(metrics, "output_tok_s"))),
+        "ttft_ms": Text(quantity(_value(metrics, "ttft_ms", "p50"))),
+        "tpot_ms": Text(quantity(_value(metrics, "tpot_ms", "p50"))),
+        "itl_ms": Text("/".join(itl) if metrics else _NONE),
+        "memory": Text(byte_size(memory)),
+        "mbu": Text(_NONE if mbu is None else f"{100 * mbu:.0f}"),
+        "speedup": _speedup_cell(record),
+        "verdict": _verdict_cell(record),
+        "evidence": Text(_evidence(record)),
+    }
 
 
 def _value(metrics: Mapping[str, Any], name: str, key: str = "value") -> float | None:
@@ -158,7 +185,9 @@ def _verdict_cell(record: Record) -> Text:
 def _evidence(record: Record) -> str:
     if not record.evidence:
         return _NONE if record.techniques else ""
-    return "\n".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
+    shown = [f"{name} {value:,.6g}" for name, value in record.evidence.items()]
+    rest = len(shown) - _MAX_EVIDENCE
+    return "\n".join(shown[:_MAX_EVIDENCE] + ([f"and {rest} more"] if rest > 0 else []))
 
 
 def exit_status(results: Sequence[VariantResult | Record]) -> int:

@@ -327,6 +327,7 @@ class _Job:
             self.progress.note(f"{name}: {state.failure.status}: {state.failure.message}")
         if state.failure is not None or self.settings.residency == "one":
             self.close(state)
+            gc.collect()  # the next build finds the memory free
 
     def close(self, state: VariantState) -> None:
         """Free the backend of a variant; one that cannot be closed stops nothing."""
@@ -337,8 +338,6 @@ class _Job:
             backend.close()
         except Exception as error:
             self.progress.note(f"{state.variant.name}: close failed: {_describe(error)}")
-        del backend
-        gc.collect()
 
     def _build(self, state: VariantState) -> None:
         self.progress.begin(f"{state.variant.name} · build", 0, self.clock())
@@ -390,6 +389,7 @@ class _Job:
     def _measure(self, state: VariantState, index: int) -> None:
         backend = state.backend
         assert backend is not None and state.info is not None
+        gc.collect(1)  # young garbage of one variant is not swept on the clock of the next
         probe = MemoryProbe(state.info.device)
         probe.reset_peak()
         events, load, start_s, end_s = self._serve(backend, self.requests)

@@ -17,8 +17,8 @@ from workbench.models.parameters import Parameter
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
-#: Endings of tensors that old checkpoints carry and that are computed instead.
-_HARMLESS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+#: Ending of tensors that old checkpoints carry and that are computed instead.
+_HARMLESS = ".rotary_emb.inv_freq"
 
 
 class WeightSource(Protocol):

@@ -82,24 +82,22 @@ def load_model(
     device = torch.device(device)
     positions = _num_positions(spec, max_model_len)
     _check_parallel(parallel)
-    decoder = Decoder(
-        spec,
-        family.names,
-        linear=linear,
-        dtype=dtype,
-        device=device,
-        adapters=adapters,
-        parallel=parallel,
-    )
+    parts: dict[str, Any] = {"linear": linear, "adapters": adapters, "parallel": parallel}
+    decoder = Decoder(spec, family.names, dtype=dtype, device=device, **parts)
     reader = _weight_source(source, weights, family, spec, seed, dtype, device)
     with torch.no_grad():
         _Loader(decoder, family.names, reader, expected_tokens).load()
-        tables: dict[RopeSpec, torch.Tensor] = {}
-        for layer, layer_spec in zip(decoder.layers, spec.layers, strict=True):
-            if layer_spec.rope not in tables:
-                tables[layer_spec.rope] = layer_spec.rope.table(positions, device)
-            layer.bind_rope(tables[layer_spec.rope])
+        _bind_rope(decoder, positions)
     return decoder
+
+
+def _bind_rope(decoder: Decoder, num_positions: int) -> None:
+    """Give every layer its rotary table; layers that rotate alike share one."""
+    tables: dict[RopeSpec, torch.Tensor] = {}
+    for layer, layer_spec in zip(decoder.layers, decoder.spec.layers, strict=True):
+        if layer_spec.rope not in tables:
+            tables[layer_spec.rope] = layer_spec.rope.table(num_positions, decoder.device)
+        layer.bind_rope(tables[layer_spec.rope])
 
 
 def _num_positions(spec: ModelSpec, max_model_len: int | None) -> int:

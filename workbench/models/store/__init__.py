@@ -12,12 +12,12 @@ from workbench.models.store.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from workbench.models.store.fetch import fetch, resolve_model
 from workbench.models.store.integrity import (
     ModelFolder,
     folder_digest,
     open_model_folder,
 )
+from workbench.models.store.obtain import fetch, resolve_model
 
 __all__ = [
     "BrokenModelError",

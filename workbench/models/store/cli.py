@@ -19,8 +19,8 @@ from workbench.models.store.errors import (
     ModelsUnavailableError,
     NoDiskSpaceError,
 )
-from workbench.models.store.fetch import fetch
 from workbench.models.store.integrity import ModelFolder, open_model_folder
+from workbench.models.store.obtain import fetch
 from workbench.models.store.progress import RichProgress, SilentProgress
 
 OK, FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130

@@ -135,9 +135,6 @@ def _gemma3(file: GgufFile) -> ConfigDict:
     scale = head_dim
     if num_layers == GEMMA3_27B_NUM_LAYERS:
         scale = _whole(file, "embedding_length") // _whole(file, "attention.head_count")
-    pattern = file.arch_get("attention.sliding_window_pattern", GEMMA3_SLIDING_PATTERN)
-    if not isinstance(pattern, int):
-        raise UnsupportedModelError(f"{file.path}: a sliding window pattern given layer by layer")
     return {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
@@ -146,20 +143,27 @@ def _gemma3(file: GgufFile) -> ConfigDict:
         "query_pre_attn_scalar": scale,
         "attention_bias": False,
         "sliding_window": _whole(file, "attention.sliding_window"),
-        "layer_types": [
-            "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
-            for layer in range(num_layers)
-        ],
+        "layer_types": _gemma3_layer_types(file, num_layers),
         "rope_parameters": {
             "full_attention": _rope(file, default_theta=1_000_000.0),
             "sliding_attention": {
                 "rope_type": "default",
-                "rope_theta": float(file.arch_get("rope.local.freq_base", GEMMA3_LOCAL_ROPE_BASE)),
+                "rope_theta": float(file.arch_get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
             },
         },
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
+        "final_logit_softcapping": file.arch_get("final_logit_softcapping"),
+        "attn_logit_softcapping": file.arch_get("attn_logit_softcapping"),
     }
+
+
+def _gemma3_layer_types(file: GgufFile, num_layers: int) -> list[str]:
+    """From the pattern: its period, or whether each layer slides; absent in most files."""
+    pattern = file.arch_get("attention.sliding_window_pattern", GEMMA3_SLIDING_PATTERN)
+    if isinstance(pattern, int):
+        slides = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    else:
+        slides = [bool(value) for value in pattern]
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
 def _rope(file: GgufFile, default_theta: float) -> ConfigDict:
@@ -174,14 +178,17 @@ def _rope(file: GgufFile, default_theta: float) -> ConfigDict:
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind == "yarn":
-        return {
+        yarn = {
             "rope_type": "yarn",
             "rope_theta": theta,
             "factor": factor,
             "original_max_position_embeddings": file.arch_require(
                 "rope.scaling.original_context_length"
             ),
+            "beta_fast": file.arch_get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": file.arch_get("rope.scaling.yarn_beta_slow"),
         }
+        return {key: value for key, value in yarn.items() if value is not None}
     raise UnsupportedModelError(
         f"{file.path}: RoPE scaling {kind!r} is not supported; "
         "supported: none, linear, yarn, llama3"

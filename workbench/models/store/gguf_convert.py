@@ -24,10 +24,10 @@ from workbench.models.store.gguf_config import ConfigDict, gguf_config
 from workbench.models.store.gguf_file import GgufFile, GgufTensor
 from workbench.models.store.gguf_tensors import hf_names, hf_tensor
 from workbench.models.store.gguf_tokenizer import save_tokenizer
+from workbench.models.store.integrity import INDEX_NAME, WEIGHTS_NAME
 
 STORAGE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_SHARD_BYTES = 4 << 30
-INDEX_NAME = "model.safetensors.index.json"
 
 
 def convert_gguf(
@@ -123,7 +123,7 @@ def _save_weights(
     total_bytes = 0
     for number, shard in enumerate(shards, start=1):
         filename = (
-            "model.safetensors"
+            WEIGHTS_NAME
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )

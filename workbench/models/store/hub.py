@@ -65,10 +65,10 @@ class HubSource:
             info = self._probe()
         except SourceUnavailableError as error:
             cached = self._cached_snapshot()
-            if cached is None:
+            if cached is None or not self._link_cached(stage, cached):
                 raise
             progress.note(f"{self.identity}: {error}; using the copy in the local Hub cache")
-            return self._from_cache(stage, cached)
+            return self._entry(cached.name)
         return self._download(stage, info, progress)
 
     def _probe(self) -> Any:
@@ -148,21 +148,21 @@ class HubSource:
             raise ChecksumError(f"{self.identity}: {file.rfilename} differs from the Hub's copy")
 
     def _cached_snapshot(self) -> Path | None:
+        """The repository's folder in the Hub library's cache, which may hold part of it."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            folder = Path(
+            return Path(
                 snapshot_download(
                     self.repo.repo_id, revision=self.repo.revision, local_files_only=True
                 )
             )
-            open_model_folder(folder)
-        except (LocalEntryNotFoundError, BrokenModelError):
+        except LocalEntryNotFoundError:
             return None
-        return folder
 
-    def _from_cache(self, stage: Stage, folder: Path) -> dict[str, Any]:
+    def _link_cached(self, stage: Stage, folder: Path) -> bool:
+        """Put the model files of a cached snapshot into the stage; False if they are not all."""
         for file in folder.rglob("*"):
             name = file.relative_to(folder).as_posix()
             if not file.is_file() or not is_model_file(name):
@@ -171,7 +171,11 @@ class HubSource:
             pinned = self.repo.sha256.get(name)
             if pinned and file_sha256(file) != pinned:
                 raise ChecksumError(f"{file}: not the pinned file; delete it from the Hub cache")
-        return self._entry(folder.name)
+        try:
+            open_model_folder(stage.model, require_tokenizer=False)
+        except BrokenModelError:
+            return False
+        return True
 
     def _entry(self, commit: str) -> dict[str, Any]:
         return {

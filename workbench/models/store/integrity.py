@@ -18,6 +18,7 @@ from workbench.models.store.errors import BrokenModelError, ChecksumError
 
 MANIFEST_NAME = "workbench_manifest.json"
 MANIFEST_SCHEMA = 1
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 #: The safetensors format's own limit on its header.
 MAX_SAFETENSORS_HEADER = 100_000_000
@@ -236,7 +237,9 @@ def _verify_checksums(folder: Path, manifest: Mapping[str, Any], remedy: str) ->
 
 
 def _weight_files(folder: Path, remedy: str) -> tuple[Path, ...]:
-    """Files that the index names, if there is one; otherwise every safetensors file."""
+    """What Transformers loads: the single file, or those of the index; otherwise every one."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return (folder / WEIGHTS_NAME,)
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
         return tuple(sorted(folder.glob("*.safetensors")))

@@ -81,10 +81,10 @@ def fetch(
     """
     root = _models_root(models_dir)
     if source is None and _is_path(name) and Path(name).expanduser().is_dir():
-        return open_model_folder(Path(name).expanduser(), require_tokenizer=False)
+        return _open(Path(name).expanduser())
     plan = _plan(name, source)
     final = root / plan.folder_name
-    stored = None if force or not final.exists() else open_model_folder(final)
+    stored = None if force or not final.exists() else _open(final)
     if stored is not None and (source is None or _is_from(stored, plan)):
         return stored
     return _install(plan, root, progress or SilentProgress(), replace=final.exists())
@@ -144,6 +144,8 @@ def _models_root(models_dir: str | Path | None) -> Path:
 
 def _is_path(name: str) -> bool:
     """Whether `name` is a path that exists. A bare catalog name is that, whatever lies about."""
+    if not name:
+        return False
     bare = "/" not in name and "\\" not in name
     if bare and find_entry(name) is not None:
         return False
@@ -217,9 +219,9 @@ def _install(plan: _Plan, root: Path, progress: FetchProgress, *, replace: bool)
     with staging(root) as stage:
         entry = _materialize_first(plan, stage, progress)
         write_manifest(stage.model, plan.name, entry, plan.license_id)
-        open_model_folder(stage.model)
+        _open(stage.model)
         publish(stage, final, replace=replace, is_usable=_is_usable)
-    return open_model_folder(final)
+    return _open(final)
 
 
 def _materialize_first(plan: _Plan, stage: Stage, progress: FetchProgress) -> dict[str, Any]:
@@ -240,9 +242,14 @@ def _materialize_first(plan: _Plan, stage: Stage, progress: FetchProgress) -> di
     )
 
 
+def _open(folder: Path) -> ModelFolder:
+    """Check a folder for the store; whether it needs a tokenizer is for its user to say."""
+    return open_model_folder(folder, require_tokenizer=False)
+
+
 def _is_usable(folder: Path) -> bool:
     try:
-        open_model_folder(folder)
+        _open(folder)
     except ModelStoreError:
         return False
     return True

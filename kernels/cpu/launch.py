@@ -1,0 +1,123 @@
+"""Compiling, calling and spreading CPU kernels over threads.
+
+A kernel is a function of a *marker* (what its addresses point at), a struct of arguments, and a
+range of the rows, tokens or tasks that it is to do. It is compiled on its first call, once for each
+dtype, and kept on disk. One parallel loop, which knows nothing of the kernels, hands ranges to
+threads.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable
+from ctypes import CFUNCTYPE, addressof, c_int64, c_void_p, create_string_buffer
+
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, prange, types
+from numba.extending import intrinsic
+
+from kernels.cpu.pointers import COMPILE_OPTIONS
+from kernels.cpu.threads import num_threads
+
+_ELEMENT = {torch.float32: types.float32, torch.bfloat16: types.uint16}
+_CALL = CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_int64)
+_MAX_ARGUMENTS = 64
+_local = threading.local()
+
+
+class Kernel:
+    """A compiled function over a range; made by :func:`kernel`."""
+
+    def __init__(self, function: Callable, layout: str) -> None:
+        self._function = function
+        self._pack_into = struct.Struct(layout).pack_into
+        self._compiled: dict[torch.dtype, tuple[Callable, int]] = {}
+
+    def __call__(
+        self, dtype: torch.dtype, count: int, is_parallel: bool, *arguments: float
+    ) -> None:
+        """Do ``0 .. count - 1``, on torch's threads if ``is_parallel`` and there are any."""
+        compiled = self._compiled.get(dtype) or self._compile(dtype)
+        try:
+            buffer, address = _local.arguments
+        except AttributeError:
+            buffer, address = _new_buffer()
+        self._pack_into(buffer, 0, *arguments)
+        if is_parallel and (threads := num_threads()) > 1:
+            _fan_out(compiled[1], address, count, threads)
+        else:
+            compiled[0](None, address, 0, count)
+
+    def _compile(self, dtype: torch.dtype) -> tuple[Callable, int]:
+        signature = types.void(
+            types.CPointer(_ELEMENT[dtype]), types.CPointer(types.int64), types.int64, types.int64
+        )
+        address = cfunc(signature, cache=True, **COMPILE_OPTIONS)(self._function).address
+        assert address is not None
+        self._compiled[dtype] = _CALL(address), address
+        return self._compiled[dtype]
+
+
+def kernel(ints: int, floats: int = 0) -> Callable[[Callable], Kernel]:
+    """Decorate ``function(marker, arguments, begin, end)`` of so many ints and then floats.
+
+    Inside, ``int_arguments(arguments, ints)`` and ``float_argument(arguments, index)`` read them.
+    """
+    assert ints + floats <= _MAX_ARGUMENTS
+    return lambda function: Kernel(function, f"{ints}q{floats}d")
+
+
+def _new_buffer() -> tuple[object, int]:
+    """This thread's buffer for arguments, so that two engines in one process do not share it."""
+    buffer = create_string_buffer(8 * _MAX_ARGUMENTS)
+    _local.arguments = buffer, addressof(buffer)
+    return _local.arguments
+
+
+@intrinsic(prefer_literal=True)
+def int_arguments(typingctx, arguments, count):
+    """The first ``count`` (a literal) arguments, as a tuple of int64."""
+    number = count.literal_value
+
+    def codegen(context, builder, signature, args):
+        pointers = (builder.gep(args[0], [ir.Constant(ir.IntType(64), i)]) for i in range(number))
+        values = [builder.load(p) for p in pointers]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.int64, number)(arguments, count), codegen
+
+
+@intrinsic
+def float_argument(typingctx, arguments, index):
+    """Argument ``index``, counted from the first int, as fp32."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.gep(args[0], [args[1]])
+        double = builder.load(builder.bitcast(address, ir.DoubleType().as_pointer()))
+        return builder.fptrunc(double, ir.FloatType())
+
+    return types.float32(arguments, types.int64), codegen
+
+
+@intrinsic
+def _call_range(typingctx, function, arguments, begin, end):
+    """Call the compiled kernel at the address ``function``."""
+
+    def codegen(context, builder, signature, args):
+        byte, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, integer, integer])
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        null = ir.Constant(byte, None)
+        builder.call(function, [null, builder.inttoptr(args[1], byte), args[2], args[3]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _fan_out(function, arguments, count, threads):
+    for thread in prange(threads):
+        begin, end = count * thread // threads, count * (thread + 1) // threads
+        _call_range(function, arguments, begin, end)
