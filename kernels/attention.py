@@ -69,6 +69,8 @@ def paged_attention(
     if dispatch.is_native(q) and q.shape[-1] % _NATIVE_HEAD_DIM == 0:
         from kernels.cpu import attention
 
+        block_table = block_table.to(torch.int32)  # nothing to do as a rule
+        query_start_loc, seq_lens = query_start_loc.to(torch.int32), seq_lens.to(torch.int32)
         return attention.paged_attention(
             q,
             k_cache,
@@ -135,7 +137,7 @@ def paged_attention_sdpa(
         if num_queries:
             groups.setdefault(num_queries, []).append(row)
     if len(groups) == 1 and len(groups[query_lens[0]]) == len(query_lens):
-        rows = (q.unflatten(0, (len(query_lens), -1)), k_cache, v_cache, block_table, seq_lens)
+        rows = (q.view(len(query_lens), -1, *q.shape[1:]), k_cache, v_cache, block_table, seq_lens)
         return _attend_padded(*rows, scale, sliding_window).flatten(0, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts = [0]

@@ -49,10 +49,10 @@ class PackedLinear:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether :func:`pack_linear` will lay ``weight`` out anew, rather than keep it."""
-    if not (weight.is_cpu and torch.backends.mkldnn.is_available()):
+    if not (weight.is_cpu and torch._C._has_mkldnn):
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
 
 
@@ -103,7 +103,9 @@ def apply_linear(packed: PackedLinear, x: Tensor) -> Tensor:
         Contiguous, in the dtype of ``x``; sums are fp32.
     """
     if packed.is_packed:
-        return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
+        op = torch.ops.mkldnn._linear_pointwise
+        out: Tensor = op(x, packed.weight, packed.bias, "none", [], "")  # no activation behind it
+        return out
     return F.linear(x, packed.weight, packed.bias)
 
 

@@ -27,6 +27,7 @@ _MARKER_KEYS = {
     "losslessness",
     "evidence",
     "paper",
+    "measure",
 }
 _LOSSLESSNESS = ("exact", "distributional", "lossy")
 
@@ -45,6 +46,9 @@ class Marker:
         ``exact``, ``distributional`` or ``lossy``: the gate that its outputs must pass.
     evidence
         Counters that must be above zero after a run, or it did not happen.
+    measure
+        Groups (``workload``, ``load``) that show what the technique is for; they hold where
+        neither the command line nor an experiment chooses.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Marker:
     losslessness: str
     evidence: tuple[str, ...]
     paper: str
+    measure: dict[str, str]
 
     @classmethod
     def parse(cls, name: str, node: dict[str, Any]) -> Marker:
@@ -78,6 +83,7 @@ class Marker:
             losslessness=node["losslessness"],
             evidence=tuple(node["evidence"]),
             paper=node["paper"],
+            measure=dict(node["measure"]),
         )
 
 
@@ -141,6 +147,14 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     composed = Composed(cfg, choices, techniques)
     _check_clashes(composed)
     return composed
+
+
+def suggested_groups(overrides: Sequence[str], techniques: Sequence[Marker]) -> list[str]:
+    """Overrides for the groups that the first technique suggests and nobody else chooses."""
+    if not techniques or any(text.lstrip("+").startswith("experiment=") for text in overrides):
+        return []
+    chosen = {text.partition("=")[0] for text in overrides}
+    return [f"{k}={v}" for k, v in techniques[0].measure.items() if k not in chosen]
 
 
 def check_requirements(composed: Composed) -> None:
@@ -220,11 +234,17 @@ def _check_clashes(composed: Composed) -> None:
 def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Say Hydra's errors in the words of this command."""
     text = str(error)
+    if "Error parsing override" in text:
+        culprit = re.search(r"override '([^']*)'", text)
+        return ConfigError(
+            f"{culprit[1] if culprit else overrides!r} is not of the form key=value, +key=value or "
+            "~key."
+        )
     missing = re.search(r"[Cc]ould not (?:find|load) '([\w./@-]+)'", text)
     if missing:
         group, _, option = missing[1].rpartition("/")
-        valid = options_of(group) if group else []
-        if valid:
+        if group:
+            valid = options_of(group)
             return unknown_name(f"option of group {group}", option, valid)
     key = re.search(r"Could not override '([\w./@-]+)'", text) or re.search(
         r"Key '([\w.]+)' is not in struct", text

@@ -9,16 +9,15 @@ split and the partial results merged (flash-decoding).
 
 from __future__ import annotations
 
+import struct
 import threading
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from kernels.cpu.launch import float_argument, int_arguments, kernel
 from kernels.cpu.pointers import (
-    COMPILE_OPTIONS,
     advance,
     exp,
     fetch_add,
@@ -56,6 +55,7 @@ _PARALLEL_WORK = 1 << 14  # (row, key) pairs, below which one thread is faster
 _REQUEST, _KV_HEAD, _QUERY, _NUM_QUERIES, _POSITION, _KEY, _KEY_STOP, _PART, _NUM_PARTS = range(9)
 _TASK_FIELDS = 9
 
+_SUMMARY = struct.Struct("3q")  # numbers of tasks, of partial results, of (row, key) pairs
 _local = threading.local()
 
 
@@ -74,101 +74,87 @@ def paged_attention(
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     num_requests = block_table.shape[0]
-    q0, q1, q2 = q.stride()
-    k0, k1, k2, k3 = k_cache.stride()
-    v0, v1, v2, v3 = v_cache.stride()
-    assert q2 == k3 == v3 == 1 and head_dim % LANES == 0 and num_heads % num_kv_heads == 0
+    window = sliding_window or 0
+    q0, q1, q_dense = q.stride()
+    k0, k1, k2, k_dense = k_cache.stride()
+    v0, v1, v2, v_dense = v_cache.stride()
+    assert q_dense == k_dense == v_dense == 1 and v_cache.shape == k_cache.shape
+    assert head_dim % LANES == 0 and num_heads % num_kv_heads == 0
     assert q.dtype == k_cache.dtype == v_cache.dtype
-    out = q.new_empty(num_tokens, num_heads, head_dim)
+    _check_integers(block_table, query_start_loc, seq_lens)
     group = num_heads // num_kv_heads
     tile_queries = max(1, min(_TILE_ROWS // group, num_tokens))
     rows = -(-tile_queries * group // _ROWS) * _ROWS
     threads = num_threads()
     min_tasks = 4 * threads if threads > 1 else 0
-    num_tiles = num_requests + num_tokens // tile_queries
-    per_thread = -(-(rows * (2 * head_dim + _BLOCK + 3) + _BLOCK * head_dim) // LANES) * LANES
+    max_tasks = (num_requests + num_tokens // tile_queries) * num_kv_heads + 2 * min_tasks
+    per_thread = -(-(rows * (2 * head_dim + _BLOCK + 3) + LANES * head_dim) // LANES) * LANES
     part_size = rows * (head_dim + 2)
-    table, offsets, scratch, parts = _workspace(
-        (num_tiles * num_kv_heads + 2 * min_tasks) * _TASK_FIELDS + 1,
+    summary, table, offsets, scratch, parts = _workspace(
+        _SUMMARY.size // 8,
+        1 + max_tasks * _TASK_FIELDS,
         threads * 2 * _BLOCK,
         threads * per_thread,
         2 * min_tasks * part_size,
     )
-    num_tasks, num_parts, work = _plan(
-        table,
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        num_requests,
-        num_kv_heads,
-        group,
-        tile_queries,
-        sliding_window or 0,
-        min_tasks,
-    )
+    lengths = (query_start_loc.data_ptr(), seq_lens.data_ptr())
+    counts = (num_requests, num_kv_heads, group, tile_queries, window, min_tasks)
+    _plan(torch.float32, 1, False, summary, table, *lengths, *counts)
+    num_tasks, num_parts, work = _SUMMARY.unpack_from(_local.summary)
+
+    out = q.new_empty(num_tokens, num_heads, head_dim)
     is_parallel = threads > 1 and num_tasks > 1 and work >= _PARALLEL_WORK
     output = (out.data_ptr(), num_heads * head_dim, head_dim)
     sizes = (head_dim, group, rows, num_tasks, table, parts, part_size)
-    _attend(
-        q.dtype,
-        threads if is_parallel else 1,
-        is_parallel,
-        *sizes,
-        *output,
-        q.data_ptr(),
-        q0,
-        q1,
-        k_cache.data_ptr(),
-        k0,
-        k1,
-        k2,
-        v_cache.data_ptr(),
-        v0,
-        v1,
-        v2,
-        block_table.data_ptr(),
-        block_table.stride(0),
-        block_size,
-        sliding_window or 0,
-        offsets,
-        scratch,
-        per_thread,
-        scale,
-        soft_cap or 0.0,
-    )
+    queries = (q.data_ptr(), q0, q1)
+    caches = (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
+    pages = (block_table.data_ptr(), block_table.stride(0), block_size)
+    rest = (window, offsets, scratch, per_thread, scale, soft_cap or 0.0)
+    count = threads if is_parallel else 1
+    _attend(q.dtype, count, is_parallel, *sizes, *output, *queries, *caches, *pages, *rest)
     if num_parts:
         _merge(q.dtype, num_tasks, False, *sizes, *output)
     return out
 
 
-def _workspace(*sizes: int) -> tuple[int, int, int, int]:
-    """Addresses of this thread's buffers of int64, int64, fp32 and fp32, at least so large."""
-    buffers = getattr(_local, "buffers", None)
-    if buffers is None or any(b.numel() < size for b, size in zip(buffers, sizes, strict=True)):
-        dtypes = (torch.int64, torch.int64, torch.float32, torch.float32)
-        buffers = [torch.empty(n, dtype=d) for n, d in zip(sizes, dtypes, strict=True)]
-        _local.buffers = buffers
-        _local.addresses = tuple(b.data_ptr() for b in buffers)
-    return _local.addresses
+def _check_integers(block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
+    num_requests, num_pages = block_table.shape
+    assert block_table.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32
+    assert query_start_loc.numel() == num_requests + 1 and seq_lens.numel() == num_requests
+    assert query_start_loc.is_contiguous() and seq_lens.is_contiguous()
+    assert num_pages <= 1 or block_table.stride(1) == 1
 
 
-@njit(cache=True, **COMPILE_OPTIONS)
-def _plan(
-    table,
-    query_start_loc,
-    seq_lens,
-    num_requests,
-    num_kv_heads,
-    group,
-    tile_queries,
-    window,
-    min_tasks,
-):
+def _workspace(*sizes: int) -> list[int]:
+    """Addresses of this thread's buffers (three of int64, two of fp32), at least so large."""
+    try:
+        buffers, addresses = _local.buffers, _local.addresses
+    except AttributeError:
+        dtypes = (torch.int64, torch.int64, torch.int64, torch.float32, torch.float32)
+        buffers = _local.buffers = [torch.empty(0, dtype=dtype) for dtype in dtypes]
+        addresses = _local.addresses = [0] * len(buffers)
+        _local.sizes = (-1,) * len(buffers)
+    if _local.sizes != sizes:
+        _local.sizes = sizes
+        for index, size in enumerate(sizes):
+            if buffers[index].numel() < size:
+                buffers[index] = torch.empty(size, dtype=buffers[index].dtype)
+                addresses[index] = buffers[index].data_ptr()
+        _local.summary = buffers[0].numpy()
+    return addresses
+
+
+@kernel(ints=10)
+def _plan(marker, arguments, begin, end):
     """Fill the table of tasks behind its first entry, the counter from which threads draw.
 
-    Returns the number of tasks, of partial results, and of (row, key) pairs.
+    Writes the number of tasks, of partial results and of (row, key) pairs to ``summary``.
     """
-    table = int64_pointer(table)
-    starts, lengths = int32_pointer(query_start_loc), int32_pointer(seq_lens)
+    values = int_arguments(arguments, 10)
+    summary, table, starts, lengths = values[:4]
+    num_requests, num_kv_heads, group, tile_queries, window, min_tasks = values[4:]
+    summary, table = int64_pointer(summary), int64_pointer(table)
+    starts, lengths = int32_pointer(starts), int32_pointer(lengths)
     store_int(table, 0, 0)
     num_unsplit = 0
     for request in range(num_requests):
@@ -205,7 +191,9 @@ def _plan(
                     store_int(task, _NUM_PARTS, parts if part == 0 else 0)
                     num_tasks += 1
                     num_parts += parts > 1
-    return num_tasks, num_parts, work
+    store_int(summary, 0, num_tasks)
+    store_int(summary, 1, num_parts)
+    store_int(summary, 2, work)
 
 
 @kernel(ints=28, floats=2)

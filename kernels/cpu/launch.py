@@ -8,10 +8,13 @@ threads.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import threading
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, addressof, c_int64, c_void_p, create_string_buffer
+from pathlib import Path
+from typing import Any
 
 import torch
 from llvmlite import ir
@@ -24,16 +27,27 @@ from kernels.cpu.threads import num_threads
 _ELEMENT = {torch.float32: types.float32, torch.bfloat16: types.uint16}
 _CALL = CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_int64)
 _MAX_ARGUMENTS = 64
+_Compiled = tuple[Callable[..., None], int, Any]
 _local = threading.local()
+
+
+def _source_digest() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+# numba takes a compiled function from disk if the function's own file has not changed, whatever its
+# helpers in other files did. So a digest of this folder is part of each kernel's signature.
+_ARGUMENTS = types.Opaque(f"arguments({_source_digest()})")
 
 
 class Kernel:
     """A compiled function over a range; made by :func:`kernel`."""
 
-    def __init__(self, function: Callable, layout: str) -> None:
+    def __init__(self, function: Callable[..., None], layout: str) -> None:
         self._function = function
         self._pack_into = struct.Struct(layout).pack_into
-        self._compiled: dict[torch.dtype, tuple[Callable, int]] = {}
+        self._compiled: dict[torch.dtype, _Compiled] = {}
 
     def __call__(
         self, dtype: torch.dtype, count: int, is_parallel: bool, *arguments: float
@@ -50,17 +64,17 @@ class Kernel:
         else:
             compiled[0](None, address, 0, count)
 
-    def _compile(self, dtype: torch.dtype) -> tuple[Callable, int]:
-        signature = types.void(
-            types.CPointer(_ELEMENT[dtype]), types.CPointer(types.int64), types.int64, types.int64
-        )
-        address = cfunc(signature, cache=True, **COMPILE_OPTIONS)(self._function).address
-        assert address is not None
-        self._compiled[dtype] = _CALL(address), address
+    def _compile(self, dtype: torch.dtype) -> _Compiled:
+        """As a ctypes function, as an address, and the owner of its code."""
+        marker = types.CPointer(_ELEMENT[dtype])
+        signature = types.void(marker, _ARGUMENTS, types.int64, types.int64)
+        owner = cfunc(signature, cache=True, **COMPILE_OPTIONS)(self._function)
+        assert owner.address is not None
+        self._compiled[dtype] = _CALL(owner.address), owner.address, owner
         return self._compiled[dtype]
 
 
-def kernel(ints: int, floats: int = 0) -> Callable[[Callable], Kernel]:
+def kernel(ints: int, floats: int = 0) -> Callable[[Callable[..., None]], Kernel]:
     """Decorate ``function(marker, arguments, begin, end)`` of so many ints and then floats.
 
     Inside, ``int_arguments(arguments, ints)`` and ``float_argument(arguments, index)`` read them.
@@ -82,7 +96,9 @@ def int_arguments(typingctx, arguments, count):
     number = count.literal_value
 
     def codegen(context, builder, signature, args):
-        pointers = (builder.gep(args[0], [ir.Constant(ir.IntType(64), i)]) for i in range(number))
+        integer = ir.IntType(64)
+        base = builder.bitcast(args[0], integer.as_pointer())
+        pointers = (builder.gep(base, [ir.Constant(integer, i)]) for i in range(number))
         values = [builder.load(p) for p in pointers]
         return context.make_tuple(builder, signature.return_type, values)
 
@@ -94,9 +110,8 @@ def float_argument(typingctx, arguments, index):
     """Argument ``index``, counted from the first int, as fp32."""
 
     def codegen(context, builder, signature, args):
-        address = builder.gep(args[0], [args[1]])
-        double = builder.load(builder.bitcast(address, ir.DoubleType().as_pointer()))
-        return builder.fptrunc(double, ir.FloatType())
+        base = builder.bitcast(args[0], ir.DoubleType().as_pointer())
+        return builder.fptrunc(builder.load(builder.gep(base, [args[1]])), ir.FloatType())
 
     return types.float32(arguments, types.int64), codegen
 

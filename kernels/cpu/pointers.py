@@ -1,6 +1,6 @@
 """Typed raw pointers for numba kernels: fp32 and bf16 memory read as fp32.
 
-A kernel takes addresses (``tensor.data_ptr()``) and a *marker*, a NumPy scalar whose type says what
+A kernel takes addresses (``tensor.data_ptr()``) and a *marker*, a null pointer whose type says what
 the addresses point at: ``float32`` for fp32, ``uint16`` for bf16. That makes a call cost about one
 microsecond however many tensors it takes (unboxing NumPy views costs more than most of the
 kernels), and lets LLVM vectorise: an index into a NumPy array may be negative, an offset from a
@@ -38,11 +38,8 @@ def is_bf16(base: types.CPointer) -> bool:
 
 def _like(value, element):
     """``element`` as a type of the same shape as ``value``: a scalar's or a vector's."""
-    return (
-        ir.VectorType(element, value.type.count)
-        if isinstance(value.type, ir.VectorType)
-        else element
-    )
+    kind = value.type
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
 
 def widen(builder, bits):

@@ -9,18 +9,22 @@ kernels run on the calling thread alone.
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from ctypes import CFUNCTYPE, c_int
+from typing import Any
 
 import numba
 import torch
+
+_config: Any = numba.config
 
 
 @functools.cache
 def shares_torch_pool() -> bool:
     """Start numba's OpenMP layer, and find out whether it drives torch's threads."""
     try:
-        from numba.np.ufunc import omppool
+        omppool = importlib.import_module("numba.np.ufunc.omppool")  # an extension without stubs
     except ImportError:
         return False
     set_default = CFUNCTYPE(None, c_int)(omppool.launch_threads)  # omp_set_num_threads
@@ -29,9 +33,9 @@ def shares_torch_pool() -> bool:
     is_shared = torch.get_num_threads() == before + 1
     set_default(before)
     if is_shared:
-        previous, numba.config.THREADING_LAYER = numba.config.THREADING_LAYER, "omp"
+        previous, _config.THREADING_LAYER = _config.THREADING_LAYER, "omp"
         numba.get_num_threads()  # starts the layer, unless the process has started one already
-        numba.config.THREADING_LAYER = previous
+        _config.THREADING_LAYER = previous
         set_default(before)
     return is_shared and numba.threading_layer() == "omp"
 
@@ -44,7 +48,7 @@ def num_threads() -> int:
     wanted = torch.get_num_threads()
     if wanted == 1 or not shares_torch_pool():
         return 1
-    count = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    count = min(wanted, _config.NUMBA_NUM_THREADS)
     if getattr(_local, "count", 0) != count:  # numba keeps its number by thread
         numba.set_num_threads(count)
         _local.count = count

@@ -20,7 +20,7 @@ _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 
 
-class _Vector(types.Type):
+class _Vector(types.Type):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -29,7 +29,7 @@ vector = _Vector()
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager, numba_type) -> None:
         super().__init__(manager, numba_type, _VECTOR)
 

@@ -194,7 +194,8 @@ def _annotate(axes: Axes, record: Record, index: int, speed: float, x: float) ->
 
 
 def _speed(record: Record) -> float | None:
-    return record.metrics["output_tok_s"]["value"] if record.metrics else None
+    value: float | None = record.metrics["output_tok_s"]["value"] if record.metrics else None
+    return value
 
 
 def _ceiling(record: Record) -> float | None:
@@ -203,7 +204,7 @@ def _ceiling(record: Record) -> float | None:
     if speed is None or not roofline.get("mbu") or not record.samples:
         return None
     wall_s = float(np.median([sample.wall_s for sample in record.samples]))
-    return speed * wall_s / (roofline["mbu"] * roofline["seconds"])
+    return float(speed * wall_s / (roofline["mbu"] * roofline["seconds"]))
 
 
 def _draw_ecdf(axes: Axes, records: Sequence[Record], name: str, label: str) -> None:

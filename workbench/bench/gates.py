@@ -150,15 +150,14 @@ def check_exact(
         first = _first_difference(request_id, expected, got)
         if first is None:
             continue
+        is_tie = False
         if ties_allowed and first.got is not None and first.expected is not None:
             assert margin_fn is not None
             first, is_tie = _judge(first, got, margin_fn(request_id, got), epsilon)
             if is_tie and request_id in fixed_length and len(got) != len(expected):
                 end = min(len(got), len(expected))
                 first, is_tie = _at(request_id, end, expected, got), False
-            (ties if is_tie else mismatches).append(first)
-        else:
-            mismatches.append(first)
+        (ties if is_tie else mismatches).append(first)
     message = ""
     if mismatches:
         more = f" and {len(mismatches) - 1} more requests" if len(mismatches) > 1 else ""

@@ -135,7 +135,8 @@ def _cells(record: Record, number: int) -> dict[str, Text]:
 
 
 def _value(metrics: Mapping[str, Any], name: str, key: str = "value") -> float | None:
-    return metrics.get(name, {}).get(key)
+    value: float | None = metrics.get(name, {}).get(key)
+    return value
 
 
 def quantity(value: float | None) -> str:

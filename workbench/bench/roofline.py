@@ -126,6 +126,8 @@ def _measure(device: torch.device, slug: str, num_threads: int, quick: bool) -> 
         left = torch.randn(size, size, device=device).to(dtype)
         matmul_s = _best_seconds(lambda x=left: x @ x, device, seconds)  # type: ignore[misc]
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / matmul_s
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # an engine that sizes its pool by free memory comes next
     return Ceilings(
         device=str(device),
         hardware_slug=slug,

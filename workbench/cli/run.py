@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from workbench.assemble import DTYPES, Limits
+from workbench.assemble import DTYPES, Limits, load_class
 from workbench.bench.environment import hardware_slug
 from workbench.bench.figure import draw, figure_path
 from workbench.bench.gates import MarginFn, Outputs
@@ -41,7 +43,7 @@ from workbench.cli.variants import (
 )
 from workbench.configuration import engine_config, limits_of
 from workbench.core.backend import TokenEvent
-from workbench.core.errors import unknown_name
+from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.workload import WorkloadRequest
 from workbench.models.families import read_config, spec_from_hf
 from workbench.models.random_weights import save_random_checkpoint
@@ -91,11 +93,11 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
     # The limits are not known before the workload is, nor the workload before the model.
     source = engine_config(plan.treatment, Limits()).source
     spec = spec_from_hf(read_config(source.config))
-    workload = instantiate(cfg.workload)
+    workload = _build(cfg, "workload")
     requests = workload.requests(
         cfg.seed, source.tokenizer(), spec.vocab_size, spec.max_position_embeddings
     )
-    load_factory = instantiate(cfg.load)
+    load_factory = _build(cfg, "load")
     limits = _limits(cfg, requests, load_factory, spec.max_position_embeddings)
     device, dtype = _device_and_dtype(plan)
     progress = LiveProgress(console)
@@ -129,6 +131,19 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
             progress=progress,
             command="python -m workbench " + shlex.join(overrides),
         )
+
+
+def _build(cfg: DictConfig, group: str) -> Any:
+    """Instantiate a workload or a load, refusing options that its class does not have."""
+    node = {str(k): v for k, v in cfg[group].items()}
+    valid = [k for k in inspect.signature(load_class(node["_target_"])).parameters if k != "requests"]
+    for name in node:
+        if not name.startswith("_") and name not in valid:
+            raise unknown_name(f"option of {group} ({node['_target_']})", name, valid)
+    try:
+        return instantiate(cfg[group])
+    except InstantiationException as error:
+        raise ConfigError(f"{group}: {error.__cause__ or error}") from error
 
 
 def _limits(

@@ -20,6 +20,7 @@ from workbench.configuration import (
     compose_config,
     engine_config,
     load_markers,
+    suggested_groups,
     technique_names,
 )
 from workbench.core.backend import Backend
@@ -59,6 +60,7 @@ def plan_run(overrides: Sequence[str]) -> Plan:
     markers = load_markers()
     rest = [text for text in overrides if not _is_technique(text)]
     supplied = tuple(_required_by(asked, markers))
+    rest += suggested_groups(rest, [markers[name] for name in asked])
     treatment = compose_config([*rest, *_technique_override([*supplied, *asked])])
     check_requirements(treatment)
     measured = [name for name in treatment.techniques if name not in supplied]

@@ -1,0 +1,140 @@
+"""Tiny engines, assembled as the command line assembles them: compose, resolve, build.
+
+    engine = tiny_engine(techniques=["spec_decode"])              # a fresh one
+    engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session, idle
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tests.helpers.tiny_models import tiny_model
+from workbench import configuration
+from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
+from workbench.configuration import compose_config, engine_config, options_of
+from workbench.engine.engine import Engine
+
+VOCAB_SIZE = 128
+#: Ids below are ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``.
+FIRST_ORDINARY_ID = 4
+TECHNIQUES = tuple(options_of("technique"))
+
+
+def options() -> Iterator[tuple[str, str]]:
+    """Every (slot, option) that ``conf/engine`` holds."""
+    for slot in SLOTS:
+        for name in options_of(f"engine/{slot}"):
+            yield slot, name
+
+
+def node_of(slot: str, option: str) -> dict[str, Any]:
+    """Content of an option's file."""
+    file = configuration.CONF_DIR / "engine" / slot / f"{option}.yaml"
+    node = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+def component(slot: str, option: str, *, settings: dict[str, Any] | None = None, **runtime: Any) -> Any:
+    """Build one component as the assembly does: class, checked config, runtime objects."""
+    node = {**node_of(slot, option), **(settings or {})}
+    cls = load_class(node.pop("_target_"))
+    return cls(build_config(cls, slot, node), **runtime)
+
+
+def with_requirements(techniques: Sequence[str]) -> list[str]:
+    """Techniques and all that they require, each once, what is required first."""
+    markers = configuration.load_markers()
+    closed: list[str] = []
+
+    def visit(name: str) -> None:
+        for required in markers[name].requires:
+            visit(required)
+        if name not in closed:
+            closed.append(name)
+
+    for name in techniques:
+        visit(name)
+    return closed
+
+
+def tiny_engine(
+    *overrides: str,
+    techniques: Sequence[str] = (),
+    model: Path | None = None,
+    max_num_seqs: int = 4,
+    max_model_len: int = 128,
+    kv_pool_tokens: int = 0,
+) -> Engine:
+    """Build an engine over a tiny model in fp32.
+
+    Parameters
+    ----------
+    overrides
+        As on the command line.
+    techniques
+        Names, with all that they require.
+    model
+        Folder; the tiny Llama by default.
+    """
+    chosen = [f"+technique=[{','.join(techniques)}]"] if techniques else []
+    folder = model or tiny_model("llama")
+    composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
+    limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
+    return build_engine(engine_config(composed, limits, download=False))
+
+
+@functools.cache
+def _shared(overrides: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> Engine:
+    return tiny_engine(*overrides, **dict(settings))
+
+
+def shared_engine(*overrides: str, **settings: Any) -> Engine:
+    """An engine that tests share; it must be left idle."""
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    engine = _shared(overrides, tuple(sorted(frozen.items())))
+    check_idle(engine)
+    engine.reset_counters()
+    return engine
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing runs, waits or is held."""
+    scheduler = engine.parts.scheduler
+    assert not engine.has_unfinished(), "a request was left behind"
+    assert not scheduler.has_unfinished(), "the scheduler still knows a request"
+    usage = scheduler.parts.kv_cache.usage()
+    assert (usage.allocated_tokens, usage.used_tokens) == (0, 0), "KV was left behind"
+    engine.check_integrity()
+
+
+def run_to_end(engine: Engine, max_steps: int = 2000) -> dict[str, list[int]]:
+    """Step until nothing is left, checking the books after every step; tokens by request id."""
+    tokens: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished():
+            return tokens
+        for output in engine.step():
+            tokens[output.request_id] = list(output.token_ids)
+        engine.check_integrity()
+    raise AssertionError(f"not finished after {max_steps} steps")
+
+
+def mixed_prompts(count: int = 6, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    """Random prompts of mixed lengths; every other one repeats itself, so that drafts are found."""
+    rng = random.Random(seed)
+    prompts = []
+    for index in range(count):
+        length = rng.randint(1, longest)
+        ids = [rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(length)]
+        if index % 2:
+            period = ids[: rng.randint(2, 5)]
+            ids = (period * longest)[: max(length, 3 * len(period))]
+        prompts.append(ids)
+    return prompts
