@@ -92,8 +92,8 @@ def apply_rope_and_write_kv_reference(
     norm_offset: float = 0.0,
 ) -> None:
     """Plain torch form of :func:`apply_rope_and_write_kv`."""
-    heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, num_heads + 2 * num_kv_heads, head_dim]
-    q, k, v = torch.split(heads, (num_heads, num_kv_heads, num_kv_heads), dim=1)
+    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     for x, norm in ((q, q_norm), (k, k_norm)):
         if norm is not None:
             x.copy_(rms_norm_reference(x, norm, norm_eps, offset=norm_offset))

@@ -104,6 +104,7 @@ def _tensors(model: Any, architecture: str) -> dict[str, np.ndarray]:
         if architecture == "gemma3" and hf_name.endswith("norm.weight"):
             values = values + np.float32(1.0)
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        assert name is not None
         tensors[name] = np.ascontiguousarray(values)
     return tensors
 

@@ -1,42 +1,60 @@
-"""Shared by the tests of the ops: grids, tolerances, and memory that a kernel must not leave as it was."""
+"""What the tests of the ops share: poisoned memory, one or two threads, rows with odd strides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)
+Rows = Callable[..., Tensor]
+Close = Callable[[Tensor, Tensor, float], None]
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN (or the greatest integer): what an op does not write shows."""
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def rows() -> Rows:
+    """Normal numbers of a shape; ``strided`` puts them inside a wider tensor of NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype, strided: bool = False, scale: float = 1.0) -> Tensor:
+        x = (scale * torch.randn(*shape, generator=generator)).to(dtype)
+        if not strided:
+            return x
+        wide = torch.full((*shape[:-1], shape[-1] + 5), float("nan"), dtype=dtype)
+        view = wide[..., 2 : 2 + shape[-1]]
+        return view.copy_(x)
+
+    return make
 
 
-def rows_of(
-    generator: torch.Generator, *shape: int, dtype: torch.dtype, layout: str = "dense"
-) -> Tensor:
-    """Normal numbers; ``layout="strided"`` puts the rows into a wider tensor full of NaN."""
-    x = torch.randn(*shape, generator=generator).to(dtype)
-    if layout == "dense":
-        return x
-    wide = torch.full((*shape[:-1], shape[-1] + 5), float("nan"), dtype=dtype)
-    view = wide[..., 2 : 2 + shape[-1]]
-    view.copy_(x)
-    return view
+@pytest.fixture
+def assert_close() -> Close:
+    """Compare with an fp64 truth, within so many roundings to the dtype of the result."""
 
+    def check(actual: Tensor, truth: Tensor, num_roundings: float) -> None:
+        bound = num_roundings * torch.finfo(actual.dtype).eps / 2
+        torch.testing.assert_close(actual.double(), truth.double(), rtol=bound, atol=bound)
 
-def roundings(dtype: torch.dtype, count: float) -> float:
-    """Relative error of so many roundings to ``dtype``."""
-    return count * torch.finfo(dtype).eps / 2
+    return check

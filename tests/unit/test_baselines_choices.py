@@ -61,6 +61,21 @@ def test_best_calibrates_once_before_the_run(folder: Path) -> None:
         backend.close()
 
 
+def test_best_built_again_keeps_its_choice(folder: Path) -> None:
+    requests = make_requests([(7, 3), (9, 4), (2, 6)])
+
+    def details(ladder: tuple[int, ...]) -> dict[str, Any]:
+        backend = HfStaticBatchBest(folder, batch_sizes=ladder)
+        try:
+            backend.prepare(requests)
+            return backend.info().details
+        finally:
+            backend.close()
+
+    assert details((1, 2)) == details((1, 2))
+    assert details((1, 3))["trials"] != details((1, 2))["trials"]
+
+
 def test_best_calibrates_on_what_arrives_without_prepare(folder: Path) -> None:
     backend = HfStaticBatchBest(folder, batch_sizes=(1, 2), calibration_budget_s=5.0)
     try:

@@ -80,6 +80,19 @@ def test_margin_at_is_that_of_the_position(folder: Path, logits: Any) -> None:
             assert distance > margin
 
 
+def test_margins_of_an_output_are_distances_to_the_best(folder: Path, logits: Any) -> None:
+    output = [3, 250, 17]
+    with ReferenceModel(folder) as model:
+        margins = model.margins_of(PROMPTS[0], output)
+        reference = model.generate(PROMPTS[0], MAX_TOKENS[0])
+        assert model.margins_of(PROMPTS[0], reference.token_ids) == (0.0,) * MAX_TOKENS[0]
+        assert model.margins_of(PROMPTS[0], []) == ()
+    for index, token_id in enumerate(output):
+        scores = logits([*PROMPTS[0], *output[:index]])
+        expected = float(scores.max() - scores[token_id])
+        assert math.isclose(margins[index], expected, rel_tol=1e-3, abs_tol=1e-4)
+
+
 def test_end_of_sequence_ends_a_reference(folder: Path) -> None:
     with ReferenceModel(folder) as model:
         free = model.generate(PROMPTS[0], MAX_TOKENS[0])

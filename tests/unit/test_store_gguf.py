@@ -20,7 +20,7 @@ from workbench.models.store.gguf_config import SUPPORTED_ARCHITECTURES, llama3_r
 from workbench.models.store.gguf_convert import convert_gguf, converted_bytes
 from workbench.models.store.gguf_file import GgufFile
 from workbench.models.store.gguf_tensors import unpermute_rope
-from workbench.models.store.gguf_tokenizer import build_tokenizer
+from workbench.models.store.gguf_tokenizer import build_tokenizer, sentencepiece_merges
 from workbench.models.store.integrity import INDEX_NAME, open_model_folder
 
 #: What the file cannot state: the Gemma 3 constants that llama.cpp too has built in.
@@ -257,6 +257,14 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path: Path) -> None:
     _assert_ids_equal(tiny_gguf("llama", tmp_path, tokenizer="llama", pre="default"), tmp_path)
 
 
+def test_sentencepiece_merges_are_ranked_by_token_then_by_the_longer_left_part() -> None:
+    vocab = {"a": 0, "aa": 1, "aaa": 2, "b": 3, "ab": 4}
+    ab, aa = [("a", "b")], [("a", "a")]
+    aaa = [("aa", "a"), ("a", "aa")]
+    assert sentencepiece_merges(vocab, None) == [*aa, *aaa, *ab]
+    assert sentencepiece_merges(vocab, [0.0, -3.0, -2.0, 0.0, -1.0]) == [*ab, *aaa, *aa]
+
+
 def _assert_ids_equal(path: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -294,7 +302,7 @@ def test_special_tokens_are_whole_and_marked(tmp_path: Path) -> None:
     ids = tokenizer("<|im_start|>a<think>").input_ids
     assert ids[0] == tokenizer.bos_token_id and len(ids) == 3
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True)
+    chat: Any = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True)
     assert list(chat["input_ids"]) == ids[:2]
 
 

@@ -91,7 +91,7 @@ def test_a_repository_that_is_not_there(served: FakeHub, tmp_path: Path) -> None
 
 def test_a_repository_without_safetensors(served: FakeHub, tmp_path: Path) -> None:
     del served.files["model.safetensors"]
-    with pytest.raises(ModelsUnavailableError, match="no \\*.safetensors"):
+    with pytest.raises(ModelsUnavailableError, match=r"no \*\.safetensors"):
         fetch("org/tiny", models_dir=tmp_path / "store")
 
 
@@ -108,6 +108,16 @@ def test_a_server_that_never_answers_is_given_up_on(monkeypatch: pytest.MonkeyPa
         with pytest.raises(SourceUnavailableError, match="cannot be reached"):
             HubSource(HubRepo("org/tiny"))._probe()
         assert time.monotonic() - began < 20 * limit
+
+
+def test_the_limit_is_on_the_whole_call() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        hub._within(0.1, lambda: time.sleep(5))
+    assert time.monotonic() - began < 5
+    assert hub._within(5, lambda: "answer") == "answer"
+    with pytest.raises(ZeroDivisionError):
+        hub._within(5, lambda: 1 // 0)
 
 
 def test_offline_mode_is_respected(

@@ -160,7 +160,7 @@ def test_a_bad_config_is_named(folder: Path, content: str | None) -> None:
 def test_what_is_not_required_may_be_absent(folder: Path) -> None:
     for name in ("tokenizer.json", WEIGHTS):
         (folder / name).unlink()
-    with pytest.raises(BrokenModelError, match="no \\*.safetensors"):
+    with pytest.raises(BrokenModelError, match=r"no \*\.safetensors"):
         open_model_folder(folder, require_tokenizer=False)
     with pytest.raises(BrokenModelError, match="no tokenizer"):
         open_model_folder(folder, require_weights=False)

@@ -149,7 +149,9 @@ def reference_digest(requests: list[WorkloadRequest]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def test_digest_is_the_documented_bytes_whatever_the_machine(workload: Workload, tokenizer: Any):
+def test_digest_is_the_documented_bytes_whatever_the_machine(
+    workload: Workload, tokenizer: Any
+) -> None:
     requests = workload.requests(1, tokenizer, VOCAB_SIZE, None)
     assert workload.digest(requests) == reference_digest(requests)
 

@@ -33,6 +33,7 @@ from workbench.bench.workloads import (
     WorkloadFileError,
     shipped_categories,
 )
+from workbench.bench.workloads.prompts import Prompt
 from workbench.bench.workloads.shipped import read_category
 
 
@@ -44,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 # -- prompts that ship with the project -------------------------------------------------------
 
 
-def shipped_rows() -> list[Any]:
+def shipped_rows() -> list[Prompt]:
     return [prompt for name in shipped_categories() for prompt in read_category(name)]
 
 
@@ -66,10 +67,10 @@ def test_shipped_data_travel_as_valid_utf8_lines_without_blanks() -> None:
         assert lines.endswith("\n") and all(lines.splitlines())
 
 
-def code_block(prompt: Any) -> tuple[str, str]:
+def code_block(prompt: Prompt) -> tuple[str, str]:
     """The language and the text of the only fenced block of a prompt."""
     content = "\n".join(message["content"] for message in prompt.messages)
-    blocks = re.findall(r"```(\w+)\n(.*?)```", content, flags=re.DOTALL)
+    blocks: list[tuple[str, str]] = re.findall(r"```(\w+)\n(.*?)```", content, flags=re.DOTALL)
     assert len(blocks) == 1, prompt.request_id
     return blocks[0]
 
@@ -98,12 +99,13 @@ def test_code_edit_names_what_it_edits() -> None:
 
 
 def test_categories_take_turns_and_file_order_is_the_default(tokenizer: Any) -> None:
-    requests = TextWorkload(categories=("chat", "code_edit")).requests(0, tokenizer, VOCAB_SIZE)
+    requests = TextWorkload(categories=("chat", "summarize")).requests(0, tokenizer, VOCAB_SIZE)
     chat = [p.request_id for p in read_category("chat")]
-    code = [p.request_id for p in read_category("code_edit")]
+    other = [p.request_id for p in read_category("summarize")]
+    assert len(chat) != len(other)
     ids = [request.request_id for request in requests]
-    assert ids[:4] == [chat[0], code[0], chat[1], code[1]]
-    assert sorted(ids) == sorted(chat + code)
+    assert ids[:4] == [chat[0], other[0], chat[1], other[1]]
+    assert sorted(ids) == sorted(chat + other)
     first = TextWorkload(categories="chat", num_requests=3).requests(9, tokenizer, VOCAB_SIZE)
     assert [request.request_id for request in first] == chat[:3]
 

@@ -45,6 +45,24 @@ class Trial:
     output_tok_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Every trial, the tokens that prompts were cut to, and the seconds that it all took."""
+
+    trials: tuple[Trial, ...]
+    prompt_tokens: int
+    seconds: float
+
+    @property
+    def chosen(self) -> Trial:
+        """The trial with the highest estimate."""
+        return max(self.trials, key=lambda trial: trial.output_tok_s)
+
+
+# A baseline that is closed and built again between rounds must not come to another choice.
+_calibrations: dict[tuple[Any, ...], Calibration] = {}
+
+
 def estimate_output_tok_s(
     requests: Sequence[WorkloadRequest], batch_size: int, prefill_tok_s: float, step_s: float
 ) -> float:
@@ -67,9 +85,10 @@ class HfStaticBatchBest(HfStaticBatch):
 
     The calibration runs a few steps of the workload's own prompts at each size of a ladder with
     a growing cache, until a size is clearly worse than the best so far, then tries a static cache
-    at the two best sizes. The estimate of the whole workload decides. It happens once, in
-    :meth:`prepare`, or in the first ``run`` where ``prepare`` was not called. Requests keep the
-    order of arrival: they are not sorted by length.
+    at the two best sizes. The estimate of the whole workload decides. It happens in
+    :meth:`prepare`, or in the first ``run`` where ``prepare`` was not called, and once in a
+    process for the same model, options and workload shape. Requests keep the order of arrival:
+    they are not sorted by length.
 
     Parameters
     ----------
@@ -110,7 +129,7 @@ class HfStaticBatchBest(HfStaticBatch):
             )
         super().__init__(
             model_path,
-            batch_size=ladder[0],
+            batch_size=ladder[-1],
             cache_implementation=cache_implementations[0],
             name=name,
             **options,
@@ -119,9 +138,7 @@ class HfStaticBatchBest(HfStaticBatch):
         self._caches = tuple(cache_implementations)
         self._calibration_steps = calibration_steps
         self._calibration_budget_s = calibration_budget_s
-        self._trials: list[Trial] = []
-        self._calibration_s = 0.0
-        self._calibration_prompt_tokens = 0
+        self._calibration: Calibration | None = None
 
     def prepare(
         self, requests: Sequence[WorkloadRequest], max_concurrency: int | None = None
@@ -134,16 +151,17 @@ class HfStaticBatchBest(HfStaticBatch):
                 self._calibrate(usable, max_concurrency or len(usable))
 
     def _details(self) -> dict[str, Any]:
+        calibration = self._calibration
         return {
             **super()._details(),
-            "is_calibrated": bool(self._trials),
-            "calibration_s": round(self._calibration_s, 3),
-            "calibration_prompt_tokens": self._calibration_prompt_tokens,
-            "trials": [asdict(trial) for trial in self._trials],
+            "is_calibrated": calibration is not None,
+            "calibration_s": round(calibration.seconds, 3) if calibration else 0.0,
+            "calibration_prompt_tokens": calibration.prompt_tokens if calibration else 0,
+            "trials": [asdict(trial) for trial in calibration.trials] if calibration else [],
         }
 
     def _serve(self, intake: Intake) -> None:
-        if self._trials:
+        if self._calibration is not None:
             super()._serve(intake)
             return
         first = intake.wait()
@@ -155,36 +173,51 @@ class HfStaticBatchBest(HfStaticBatch):
             self._serve_from(first, intake)
 
     def _calibrate(self, requests: Sequence[WorkloadRequest], max_concurrency: int) -> None:
-        """Choose the batch size and the cache, and remember every trial."""
-        start = time.perf_counter()
+        """Choose the batch size and the cache, or take what this process chose before."""
         most = min(len(requests), max_concurrency)
-        sizes = [size for size in self._ladder if size <= most] or [min(self._ladder[0], most)]
-        self._calibration_prompt_tokens = self._prompt_budget(requests, sizes)
-        self._trials = []
-        best: dict[int, Trial] = {}
-        first_cache = self._caches[0]
-        for size in sizes:
-            try:
-                trial = self._try(requests, size, first_cache)
-            except torch.OutOfMemoryError:
-                if not best:
-                    raise
-                break
-            best[size] = trial
-            top = max(best.values(), key=lambda t: t.output_tok_s)
-            is_clearly_worse = trial.output_tok_s < 0.8 * top.output_tok_s
-            if is_clearly_worse or time.perf_counter() - start > self._calibration_budget_s:
-                break
-        finalists = sorted(best, key=lambda size: -best[size].output_tok_s)[:2]
-        for cache in self._caches[1:]:
-            for size in finalists:
-                if time.perf_counter() - start <= self._calibration_budget_s:
-                    self._try(requests, size, cache)
-        chosen = max(self._trials, key=lambda t: t.output_tok_s)
+        key = (
+            self.shared.key,
+            self._attn_implementation,
+            self._compile,
+            self._ladder,
+            self._caches,
+            self._calibration_steps,
+            self._calibration_budget_s,
+            most,
+            tuple((len(request.prompt_token_ids), request.max_tokens) for request in requests),
+        )
+        if key not in _calibrations:
+            _calibrations[key] = self._measure(requests, most)
+        self._calibration = _calibrations[key]
+        chosen = self._calibration.chosen
         self._batch_size = chosen.batch_size
         self._cache_implementation = chosen.cache_implementation
-        self._calibration_s = time.perf_counter() - start
+
+    def _measure(self, requests: Sequence[WorkloadRequest], most: int) -> Calibration:
+        """Try sizes up to ``most``, then the other caches at the two best of them."""
+        start = time.perf_counter()
+        sizes = [size for size in self._ladder if size <= most] or [min(self._ladder[0], most)]
+        prompt_tokens = self._prompt_budget(requests, sizes)
+        trials: list[Trial] = []
+        for size in sizes:
+            try:
+                trial = self._try(requests, size, self._caches[0], prompt_tokens)
+            except torch.OutOfMemoryError:
+                if not trials:
+                    raise
+                break
+            trials.append(trial)
+            best_tok_s = max(t.output_tok_s for t in trials)
+            is_late = time.perf_counter() - start > self._calibration_budget_s
+            if is_late or trial.output_tok_s < 0.8 * best_tok_s:
+                break
+        finalists = sorted(trials, key=lambda t: -t.output_tok_s)[:2]
+        for cache in self._caches[1:]:
+            for finalist in finalists:
+                if time.perf_counter() - start <= self._calibration_budget_s:
+                    trials.append(self._try(requests, finalist.batch_size, cache, prompt_tokens))
         self._end_run()
+        return Calibration(tuple(trials), prompt_tokens, time.perf_counter() - start)
 
     def _prompt_budget(self, requests: Sequence[WorkloadRequest], sizes: Sequence[int]) -> int:
         """Tokens to cut prompts to, so that the prefills of all trials fit half the budget.
@@ -204,9 +237,11 @@ class HfStaticBatchBest(HfStaticBatch):
         room = self._limits.max_model_len - self._calibration_steps
         return max(1, min(longest, affordable, room))
 
-    def _try(self, requests: Sequence[WorkloadRequest], size: int, cache: str) -> Trial:
+    def _try(
+        self, requests: Sequence[WorkloadRequest], size: int, cache: str, prompt_tokens: int
+    ) -> Trial:
         batch = requests[:size]
-        width = min(self._calibration_prompt_tokens, max(len(r.prompt_token_ids) for r in batch))
+        width = min(prompt_tokens, max(len(r.prompt_token_ids) for r in batch))
         start = time.perf_counter()
         tap = self._short_run(batch, width, cache, self._calibration_steps)
         times = tap.step_times_s
@@ -214,15 +249,13 @@ class HfStaticBatchBest(HfStaticBatch):
         steps = [after - before for before, after in itertools.pairwise(times[1:])]
         prefill_tok_s = size * width / (times[0] - start)
         step_s = statistics.median(steps)
-        trial = Trial(
+        return Trial(
             batch_size=size,
             cache_implementation=cache,
             prefill_tok_s=prefill_tok_s,
             step_s=step_s,
             output_tok_s=estimate_output_tok_s(requests, size, prefill_tok_s, step_s),
         )
-        self._trials.append(trial)
-        return trial
 
     def _short_run(
         self, requests: Sequence[WorkloadRequest], width: int, cache: str, num_steps: int

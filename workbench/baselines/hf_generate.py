@@ -29,7 +29,7 @@ class _Row:
     is_done: bool = False
 
 
-class TokenTap(StoppingCriteria):
+class TokenTap(StoppingCriteria):  # type: ignore[misc]
     """Called by ``generate`` after each step: tells every row's new token, and ends rows.
 
     ``generate`` waits for the device once a step anyway, to learn whether every row has ended;

@@ -47,7 +47,7 @@ class Reference:
     margins: tuple[float, ...]
 
 
-class _MarginTap(LogitsProcessor):
+class _MarginTap(LogitsProcessor):  # type: ignore[misc]
     """Notes the top-2 margin of ``scores[1, V]`` each step, and changes nothing."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class _MarginTap(LogitsProcessor):
         return scores  # type: ignore[return-value]
 
 
-class _EosStop(StoppingCriteria):
+class _EosStop(StoppingCriteria):  # type: ignore[misc]
     """Stops a batch of one at an end-of-sequence id."""
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
@@ -179,9 +179,7 @@ class ReferenceModel:
         other = top[1] if token_id is None else logits[token_id]
         return float(top[0] - other)
 
-    def margins_of(
-        self, prompt_ids: Sequence[int], output_ids: Sequence[int]
-    ) -> tuple[float, ...]:
+    def margins_of(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> tuple[float, ...]:
         """How far each output token lies from the most likely one, in logits.
 
         One teacher-forced forward over prompt and output.

@@ -38,25 +38,29 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 _ACK_TIMEOUT_S = 1.0
+
+Message = dict[str, Any]
 
 
 class Worker:
     """One engine and the commands that drive it."""
 
-    def __init__(self, commands, answer):
+    def __init__(self, commands: queue.Queue[Message], answer: Callable[[Message], None]) -> None:
         self._commands = commands
         self._answer = answer
-        self._engine = None
+        self._engine: Any = None
         self._on_cuda = False
         self._is_closed = False
         self._num_steps = 0
         self._run_start_bytes = 0
         self._awaits_ack = False
 
-    def serve(self):
+    def serve(self) -> None:
         """Serve commands until ``close`` or the end of the input."""
         while not self._is_closed:
             is_busy = self._engine is not None and self._engine.has_unfinished_requests()
@@ -67,7 +71,7 @@ class Worker:
             if self._engine is not None and self._engine.has_unfinished_requests():
                 self._step()
 
-    def _take_commands(self, timeout_s):
+    def _take_commands(self, timeout_s: float | None) -> None:
         """Wait ``timeout_s`` (None: for ever) for one command, then take all that are there."""
         self._awaits_ack = False
         try:
@@ -78,7 +82,7 @@ class Worker:
         except queue.Empty:
             return
 
-    def _obey(self, command):
+    def _obey(self, command: Message) -> None:
         op = command["op"]
         if op == "build":
             self._build(command["engine_args"])
@@ -91,9 +95,9 @@ class Worker:
         elif op == "close":
             self._is_closed = True
 
-    def _build(self, engine_args):
-        import vllm  # type: ignore[import-not-found]
-        from vllm.platforms import current_platform  # type: ignore[import-not-found]
+    def _build(self, engine_args: Message) -> None:
+        import vllm
+        from vllm.platforms import current_platform
 
         self._on_cuda = current_platform.device_type == "cuda"
         base_bytes = self._held_bytes()
@@ -114,16 +118,16 @@ class Worker:
             }
         )
 
-    def _start(self):
+    def _start(self) -> None:
         self._engine.reset_prefix_cache()
         self._num_steps = 0
         self._reset_peak()
         self._run_start_bytes = self._held_bytes()
         self._answer({"op": "started"})
 
-    def _add(self, requests):
+    def _add(self, requests: list[Message]) -> None:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+        from vllm.sampling_params import RequestOutputKind
 
         for request in requests:
             stop_ids = request["stop_token_ids"]
@@ -142,7 +146,7 @@ class Worker:
                 outputs = [[request["id"], [], True, str(error)]]
                 self._answer({"op": "step", "time_s": time.perf_counter(), "outputs": outputs})
 
-    def _step(self):
+    def _step(self) -> None:
         results = self._engine.step()
         now = time.perf_counter()
         self._num_steps += 1
@@ -154,7 +158,7 @@ class Worker:
             self._awaits_ack = any(finished for _, _, finished, _ in outputs)
             self._answer({"op": "step", "time_s": now, "outputs": outputs})
 
-    def _stop(self):
+    def _stop(self) -> None:
         self._answer(
             {
                 "op": "stopped",
@@ -163,32 +167,32 @@ class Worker:
             }
         )
 
-    def _held_bytes(self):
+    def _held_bytes(self) -> int:
         if self._on_cuda:
-            return sys.modules["torch"].cuda.memory_allocated()
+            return int(sys.modules["torch"].cuda.memory_allocated())
         return _status_bytes("VmRSS:")
 
-    def _reset_peak(self):
+    def _reset_peak(self) -> None:
         if self._on_cuda:
             sys.modules["torch"].cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
-    def _peak_bytes(self):
+    def _peak_bytes(self) -> int:
         if self._on_cuda:
-            return sys.modules["torch"].cuda.max_memory_allocated()
+            return int(sys.modules["torch"].cuda.max_memory_allocated())
         return _status_bytes("VmHWM:")
 
 
-def _status_bytes(key):
+def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def _attention_name(config):
+def _attention_name(config: Any) -> str:
     """Name of the attention classes that the engine's layers were built with."""
     layers = getattr(config.compilation_config, "static_forward_context", {}) or {}
     names = set()
@@ -199,13 +203,13 @@ def _attention_name(config):
     return ", ".join(sorted(names)) or "unknown"
 
 
-def _read_commands(stream, commands):
+def _read_commands(stream: TextIO, commands: queue.Queue[Message]) -> None:
     for line in stream:
         commands.put(json.loads(line))
     commands.put({"op": "close"})
 
 
-def main():
+def main() -> None:
     """Serve one parent."""
     # Libraries print to stdout: keep it for the answers, and send theirs to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -213,11 +217,11 @@ def main():
     # This file's folder must not shadow installed packages.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
-    commands = queue.Queue()
+    commands: queue.Queue[Message] = queue.Queue()
     reader = threading.Thread(target=_read_commands, args=(sys.stdin, commands), daemon=True)
     reader.start()
 
-    def answer(message):
+    def answer(message: Message) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 

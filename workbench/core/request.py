@@ -34,6 +34,8 @@ class Request:
 
     Attributes
     ----------
+    num_tokens
+        Known tokens: prompt and accepted output, drafts apart.
     num_computed_tokens
         Tokens whose KV is written and valid.
     num_cached_tokens
@@ -59,16 +61,13 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0
+    num_tokens: int = 0
     max_total_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
         self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        """Known tokens: prompt and accepted output, drafts apart."""
-        return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def token_ids(self) -> list[int]:

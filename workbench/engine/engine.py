@@ -179,8 +179,8 @@ class Engine:
         if stopped is not None or request.is_finished:
             state.end(index, request, self.tokenizer, stopped)
             del self._child_of[request.request_id]
-        if state.finished:
-            del self._states[state.request_id]
+            if state.finished:
+                del self._states[state.request_id]
         return state.output(tuple(update.new_token_ids))
 
     def _record(

@@ -63,6 +63,17 @@ class _Inputs:
     max_drafts: int
 
 
+@dataclass(slots=True)
+class _Steady:
+    """What a batch of single tokens keeps from step to step while the same requests run."""
+
+    request_ids: list[str]
+    rows: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    indices: list[int]
+
+
 class ModelRunner:
     """Owns the device's state: the request table, the KV pool and the model."""
 
@@ -70,6 +81,7 @@ class ModelRunner:
         self.parts = parts
         self.table = parts.table
         self._arange = torch.arange(self.table.token_ids.shape[0], device=self.table.device)
+        self._steady: _Steady | None = None
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -108,6 +120,8 @@ class ModelRunner:
     # -- inputs -------------------------------------------------------------------------------
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
+        if plan.new_requests or plan.finished_request_ids:
+            self._steady = None  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
             self.parts.drafter.finish(request_id)
@@ -118,10 +132,59 @@ class ModelRunner:
 
     def _gather(self, plan: SchedulerOutput) -> _Inputs:
         """Gather the batch from the table: a few integers go to the device, all else is there."""
+        rows_host = [self.table.row_of[request_id] for request_id in plan.request_ids]
+        if plan.total_num_scheduled_tokens == len(rows_host) and all(plan.samples):
+            return self._gather_decode(plan, rows_host)
+        return self._gather_mixed(plan, rows_host)
+
+    def _gather_decode(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
+        """Every request runs its last token: what only depends on who runs is kept from before."""
+        table, size = self.table, len(rows_host)
+        if self._steady is None or plan.request_ids != self._steady.request_ids:
+            rows = torch.tensor(rows_host, dtype=torch.int64).to(table.device, non_blocking=True)
+            self._steady = _Steady(
+                request_ids=plan.request_ids,
+                rows=rows,
+                block_table=table.block_table[rows],
+                query_start_loc=self._first_arange(size + 1).to(torch.int32),
+                indices=list(range(size)),
+            )
+        elif plan.new_block_ids:
+            self._steady.block_table = table.block_table[self._steady.rows]
+        steady, index = self._steady, self._first_arange(size)
+        positions = table.num_computed_tokens[steady.rows]
+        seq_lens = positions + 1
+        input_ids = table.token_ids[steady.rows, positions].long()
+        batch = ForwardBatch(
+            input_ids=input_ids,
+            positions=positions,
+            query_start_loc=steady.query_start_loc,
+            seq_lens=seq_lens.to(torch.int32),
+            block_table=steady.block_table,
+            slot_mapping=self._slots(steady.block_table, index, positions),
+            logits_indices=index,
+            rows=steady.rows,
+            query_lens_host=plan.num_scheduled_tokens,
+            seq_lens_host=[table.num_tokens[row] for row in rows_host],
+            block_size=self.parts.pool.block_size,
+        )
+        return _Inputs(
+            batch, rows_host, steady.indices, plan.num_draft_tokens, steady.indices, seq_lens, 0
+        )
+
+    def _slots(
+        self, block_table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the KV of tokens goes, ``[T]`` int64."""
+        block_size = self.parts.pool.block_size
+        block = block_table[owner, torch.div(positions, block_size, rounding_mode="floor")]
+        return block.long() * block_size + positions % block_size
+
+    def _gather_mixed(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
+        """Queries of any length: prompts, their pieces, drafts and single tokens."""
         table = self.table
-        rows_host = [table.row_of[request_id] for request_id in plan.request_ids]
         query_lens = plan.num_scheduled_tokens
-        size = len(rows_host)
+        size, num_tokens = len(rows_host), sum(query_lens)
         packed = torch.from_numpy(
             np.array([rows_host, query_lens, plan.num_draft_tokens], dtype=np.int64)
         ).to(table.device, non_blocking=True)
@@ -129,36 +192,26 @@ class ModelRunner:
         computed = table.num_computed_tokens[rows]
         seq_lens = computed + lens
         blocks = table.block_table[rows]
-        num_tokens = sum(query_lens)
-        if num_tokens == size:  # every query is one token
-            owner, positions = self._arange[:size], computed
-            start = self._first_arange(size + 1)
-        else:
-            ends = torch.cumsum(lens, 0)
-            start = torch.cat([ends.new_zeros(1), ends])
-            owner = torch.repeat_interleave(self._first_arange(size), lens, output_size=num_tokens)
-            offset = torch.arange(num_tokens, device=table.device) - start[owner]
-            positions = computed[owner] + offset
-        input_ids = table.token_ids[rows[owner], positions].long()
-        block_size = self.parts.pool.block_size
-        block = blocks[owner, torch.div(positions, block_size, rounding_mode="floor")]
-        slots = block.long() * block_size + positions % block_size
+        ends = torch.cumsum(lens, 0)
+        start = torch.cat([ends.new_zeros(1), ends])
+        owner = torch.repeat_interleave(self._first_arange(size), lens, output_size=num_tokens)
+        positions = computed[owner] + self._first_arange(num_tokens) - start[owner]
         sampling, first_row, logits_indices = self._logits_rows(plan)
-        selected = self._device_index(sampling, size)
         batch = ForwardBatch(
-            input_ids=input_ids,
+            input_ids=table.token_ids[rows[owner], positions].long(),
             positions=positions,
             query_start_loc=start.to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
             block_table=blocks,
-            slot_mapping=slots,
+            slot_mapping=self._slots(blocks, owner, positions),
             logits_indices=logits_indices,
             rows=rows,
             query_lens_host=query_lens,
             seq_lens_host=[
-                table.num_computed_host[row] + n for row, n in zip(rows_host, query_lens, strict=True)
+                table.num_computed_host[row] + n
+                for row, n in zip(rows_host, query_lens, strict=True)
             ],
-            block_size=block_size,
+            block_size=self.parts.pool.block_size,
         )
         return _Inputs(
             batch=batch,
@@ -166,7 +219,7 @@ class ModelRunner:
             sampling=sampling,
             num_drafts=plan.num_draft_tokens,
             first_row=first_row,
-            first_new=(seq_lens - num_drafts)[selected],
+            first_new=(seq_lens - num_drafts)[self._device_index(sampling, size)],
             max_drafts=max(plan.num_draft_tokens),
         )
 
@@ -261,7 +314,8 @@ class ModelRunner:
         table.num_computed_tokens[batch.rows] = batch.seq_lens.long()
         if accepted is None:
             return
-        rows = batch.rows[self._device_index(inputs.sampling, batch.num_requests)]
+        selected = self._device_index(inputs.sampling, batch.num_requests)
+        rows = batch.rows if isinstance(selected, slice) else batch.rows[selected]
         ids = accepted.token_ids
         if ids.shape[1] == 1:
             table.token_ids[rows, inputs.first_new] = ids[:, 0].to(torch.int32)

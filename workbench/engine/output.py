@@ -66,11 +66,12 @@ class RequestState:
     completions: list[CompletionOutput]
     scan: StopStringScan | None = None
     num_cached_tokens: int = 0
+    num_ended: int = 0
 
     @property
     def finished(self) -> bool:
         """Whether every completion has ended."""
-        return all(c.finish_reason is not None for c in self.completions)
+        return self.num_ended == len(self.completions)
 
     def append(
         self, index: int, new_ids: list[int], logprobs: list[TokenLogprobs] | None
@@ -93,6 +94,7 @@ class RequestState:
     ) -> None:
         """Close a completion: cut at a stop string, decode its text, say why it ended."""
         completion = self.completions[index]
+        self.num_ended += 1
         completion.finish_reason = request.finish_reason
         self.num_cached_tokens = request.num_cached_tokens
         if stopped is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ class NoConfig:
     """A component without options."""
 
 
-class Component:
+class Component(ABC):
     """Base of everything that fills a slot.
 
     A component is built as ``Class(Config(...), <runtime objects by keyword>)`` and nowhere but in

@@ -115,7 +115,7 @@ class Contiguous(KVCacheManager):
         if num_tokens > before:
             self._num_tokens[request_id] = num_tokens
             self._used_tokens += num_tokens - before
-        return [self._owner[request_id]] if before == 0 else []
+        return [self._owner[request_id]] if before == 0 < num_tokens else []
 
     def free(self, request_id: str) -> None:
         region = self._owner.pop(request_id, None)

@@ -13,6 +13,10 @@ from workbench.core.step import TokenLogprobs
 from workbench.slots.component import Component
 
 
+#: Temperatures below it would be zero in single precision.
+_COLDEST = 1e-37
+
+
 @dataclass(slots=True)
 class SamplingMetadata:
     """How ``L`` rows of logits are to be drawn.
@@ -113,7 +117,9 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 
 def _truncated_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Probabilities ``[L, V]`` after temperature, top-k, top-p and min-p, in that order."""
-    logits = logits.float() / _column([p.temperature for p in params], logits)
+    # The largest becomes 0 first: however cold, it stays finite while the others go to -inf.
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = logits / _column([max(p.temperature, _COLDEST) for p in params], logits)
     if any(p.top_k for p in params):
         vocab = logits.shape[-1]
         limit = [min(p.top_k or vocab, vocab) for p in params]

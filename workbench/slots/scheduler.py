@@ -188,6 +188,7 @@ class Scheduler(Component):
             return None
         if num_output_tokens is not None:
             del request.output_token_ids[num_output_tokens:]
+            request.num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.draft_token_ids = []
@@ -208,10 +209,11 @@ class Scheduler(Component):
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None where nothing can run."""
         plan = _Plan(self.token_budget)
+        num_after = len(self.running)
         for request in self.running.values():
-            if plan.budget <= 0:
-                break
-            self._schedule_running(plan, request)
+            # Every running request moves in every step: one token is kept for each that follows.
+            num_after -= 1
+            self._schedule_running(plan, request, plan.budget - num_after)
         num_continuing = len(plan.requests)
         while plan.budget > 0 and len(self.running) < self.parts.max_num_seqs:
             if not len(self.waiting) or not self._may_admit() or not self._admit_next(plan):
@@ -231,17 +233,15 @@ class Scheduler(Component):
         """Rows of the batch that are held without being used."""
         return 0
 
-    def _schedule_running(self, plan: _Plan, request: Request) -> None:
-        num_drafts = len(request.draft_token_ids)
-        if num_drafts >= plan.budget:
-            # Drafts are optional: they go before a running request is left out of the step.
-            num_drafts = plan.budget - 1
+    def _schedule_running(self, plan: _Plan, request: Request, budget: int) -> None:
+        # Drafts are optional: they go before a running request is left out of the step.
+        num_drafts = min(len(request.draft_token_ids), budget - 1)
         outstanding = request.num_tokens - request.num_computed_tokens
         if num_drafts == 0 and outstanding == 1:
             num_tokens = 1
         else:
             num_tokens = self.parts.prefill.num_tokens(
-                outstanding + num_drafts, plan.budget, not plan.requests
+                outstanding + num_drafts, budget, not plan.requests
             )
             if num_tokens == 0:
                 return
@@ -291,18 +291,15 @@ class Scheduler(Component):
         return True
 
     def _emit(self, plan: _Plan) -> SchedulerOutput:
-        samples = []
-        num_parts = num_decodes = 0
-        for request, tokens, drafts in zip(
-            plan.requests, plan.num_scheduled, plan.num_drafts, strict=True
-        ):
-            done = request.num_computed_tokens + tokens - drafts >= request.num_tokens
-            samples.append(done)
-            part = not done or request.num_computed_tokens < request.num_prompt_tokens
-            num_parts += part
-            num_decodes += not part
-            self._counts["partial_prompts"] += not done
-        self._counts["mixed_steps"] += bool(num_parts and num_decodes)
+        samples = [
+            r.num_computed_tokens + tokens - drafts >= r.num_tokens
+            for r, tokens, drafts in zip(
+                plan.requests, plan.num_scheduled, plan.num_drafts, strict=True
+            )
+        ]
+        num_prefills = sum(r.num_computed_tokens < r.num_prompt_tokens for r in plan.requests)
+        self._counts["partial_prompts"] += samples.count(False)
+        self._counts["mixed_steps"] += 0 < num_prefills < len(plan.requests)
         self._counts["steps"] += 1
         self._counts["scheduled_tokens"] += sum(plan.num_scheduled)
         finished, self.finished_since_plan = self.finished_since_plan, []
@@ -354,6 +351,7 @@ class Scheduler(Component):
         sampling = request.sampling
         for kept, token in enumerate(tokens, start=1):
             request.output_token_ids.append(token)
+            request.num_tokens += 1
             if token in sampling.stop_token_ids or (
                 not sampling.ignore_eos and token in request.eos_token_ids
             ):

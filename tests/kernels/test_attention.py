@@ -1,0 +1,224 @@
+"""Paged attention against fp64 over mixes of query lengths, layouts of the cache and masks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import paged_attention
+from kernels.attention import (
+    causal_mask,
+    gather_pages,
+    paged_attention_reference,
+    paged_attention_sdpa,
+)
+from kernels.cpu import attention as native
+
+DECODE = ([1, 1, 1, 1], [0, 1, 63, 200])
+VERIFY = ([5, 5, 8], [17, 64, 129])
+PREFILL = ([1, 37, 130], [0, 0, 0])
+MIXED = ([1, 70, 0, 5, 1], [512, 33, 9, 0, 64])
+LONG = ([1, 3], [3000, 1100])  # split over keys where there are two threads
+MIXES = {"decode": DECODE, "verify": VERIFY, "prefill": PREFILL, "mixed": MIXED, "long": LONG}
+
+
+@dataclass
+class Case:
+    """A batch whose cache is NaN wherever no request has written."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    query_lens: list[int]
+    seq_lens: list[int]
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        starts = torch.tensor([0, *self.query_lens]).cumsum(0)
+        return starts.int(), torch.tensor(self.seq_lens).int()
+
+    def run(self, scale: float, **masks: Any) -> Tensor:
+        caches = (self.k_cache, self.v_cache, self.block_table)
+        return paged_attention(self.q, *caches, *self.lengths, scale, **masks)
+
+    def reference(self, scale: float, dtype: torch.dtype = torch.float64, **masks: Any) -> Tensor:
+        tensors = (x.to(dtype) for x in (self.q, self.k_cache, self.v_cache))
+        lengths = (self.query_lens, self.seq_lens)
+        return paged_attention_reference(*tensors, self.block_table, *lengths, scale, **masks)
+
+
+def make_case(
+    rows: Any,
+    dtype: torch.dtype,
+    query_lens: list[int],
+    contexts: list[int],
+    block_size: int,
+    heads: int = 9,
+    kv_heads: int = 3,
+    dim: int = 64,
+    is_joint: bool = False,
+) -> Case:
+    seq_lens = [q + c for q, c in zip(query_lens, contexts, strict=True)]
+    pages = [-(-length // block_size) for length in seq_lens]
+    num_blocks = sum(pages) + 2
+    free = random.Random(0).sample(range(num_blocks), num_blocks)
+    # Entries past a request's pages must not be followed: they name a block that does not exist.
+    block_table = torch.full((len(pages), max(pages) + 1), num_blocks * 1000, dtype=torch.int32)
+    shape = (num_blocks, block_size, kv_heads, dim)
+    if is_joint:
+        pool = torch.full((num_blocks, 2, kv_heads, block_size, dim), float("nan"), dtype=dtype)
+        k_cache, v_cache = pool[:, 0].transpose(1, 2), pool[:, 1].transpose(1, 2)
+    else:
+        k_cache, v_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    for row, (count, length) in enumerate(zip(pages, seq_lens, strict=True)):
+        for page in range(count):
+            block = block_table[row, page] = free.pop()
+            used = min(block_size, length - page * block_size)
+            for cache in (k_cache, v_cache):
+                cache[block, :used] = rows(used, kv_heads, dim, dtype=dtype)
+    qkv = rows(sum(query_lens), (heads + 2 * kv_heads) * dim, dtype=dtype)
+    q = qkv[:, : heads * dim].view(sum(query_lens), heads, dim)
+    return Case(q, k_cache, v_cache, block_table, query_lens, seq_lens)
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Roundings: the scores' sums dominate in fp32; in bf16 only the output is rounded."""
+    return 40 if dtype == torch.float32 else 2
+
+
+@pytest.fixture(autouse=True)
+def _split_small_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_PARALLEL_WORK", 0)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("block_size", [1, 16, 64, 4096])
+def test_equals_fp64(
+    mix: str, block_size: int, dtype: torch.dtype, rows: Any, assert_close: Any
+) -> None:
+    case = make_case(rows, dtype, *MIXES[mix], block_size)
+    out = case.run(0.125)
+    assert out.dtype == dtype and out.shape == case.q.shape and out.is_contiguous()
+    assert_close(out, case.reference(0.125), bound(dtype))
+
+
+@pytest.mark.parametrize(
+    "masks", [{"sliding_window": 1}, {"sliding_window": 70}, {"soft_cap": 2.0}]
+)
+@pytest.mark.parametrize("mix", MIXES)
+def test_masks_and_caps_equal_fp64(
+    mix: str, masks: dict[str, Any], dtype: torch.dtype, rows: Any, assert_close: Any
+) -> None:
+    case = make_case(rows, dtype, *MIXES[mix], 16)
+    assert_close(case.run(0.125, **masks), case.reference(0.125, **masks), bound(dtype))
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(1, 1, 16), (4, 4, 32), (8, 1, 80), (14, 2, 64), (70, 1, 16), (8, 4, 256), (3, 1, 20)],
+)
+def test_head_shapes_and_strided_caches_equal_fp64(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    is_joint: bool,
+    dtype: torch.dtype,
+    rows: Any,
+    assert_close: Any,
+) -> None:
+    case = make_case(rows, dtype, *MIXED, 16, heads, kv_heads, dim, is_joint)
+    assert_close(case.run(dim**-0.5), case.reference(dim**-0.5), bound(dtype))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_mixes_equal_fp64(
+    seed: int, dtype: torch.dtype, rows: Any, assert_close: Any
+) -> None:
+    draw = random.Random(seed)
+    count = draw.randint(1, 6)
+    query_lens = [draw.choice([0, 1, 1, 6, draw.randint(1, 150)]) for _ in range(count)]
+    contexts = [draw.randint(0, 400) for _ in range(count)]
+    masks = draw.choice([{}, {"sliding_window": draw.randint(1, 300)}])
+    case = make_case(rows, dtype, query_lens, contexts, draw.choice([1, 3, 16, 100]))
+    assert_close(case.run(0.125, **masks), case.reference(0.125, **masks), bound(dtype))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_reference_equals_torch(mix: str, rows: Any) -> None:
+    case = make_case(rows, torch.float64, *MIXES[mix], 16)
+    start = 0
+    ours = case.reference(0.125, sliding_window=90)
+    for row, (num_queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        k, v = (
+            gather_pages(cache, case.block_table[row], 0, length).transpose(0, 1)
+            for cache in (case.k_cache, case.v_cache)
+        )
+        mask = causal_mask(num_queries, length, 90, torch.device("cpu"))
+        q = case.q[start : start + num_queries].transpose(0, 1)
+        arguments = (q[None], k[None], v[None], mask)
+        theirs = F.scaled_dot_product_attention(*arguments, scale=0.125, enable_gqa=True)
+        part = ours[start : start + num_queries]
+        torch.testing.assert_close(part, theirs[0].transpose(0, 1), rtol=1e-10, atol=1e-12)
+        start += num_queries
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_padded_form_for_gpus_equals_fp64(
+    mix: str, window: int | None, rows: Any, assert_close: Any
+) -> None:
+    case = make_case(rows, torch.float32, *MIXES[mix], 16)
+    # Padding reads a request's last page to its end, and multiplies what it finds by zero.
+    for cache in (case.k_cache, case.v_cache):
+        cache.nan_to_num_(0.0)
+    case.block_table[case.block_table >= len(case.k_cache)] = 0
+    lengths = (case.block_table, case.query_lens, case.seq_lens)
+    out = paged_attention_sdpa(
+        case.q, case.k_cache, case.v_cache, *lengths, 0.125, sliding_window=window
+    )
+    assert_close(out, case.reference(0.125, sliding_window=window), bound(torch.float32))
+
+
+def test_lengths_on_the_host_change_nothing(rows: Any) -> None:
+    case = make_case(rows, torch.float64, *MIXED, 16)
+    host = {"query_lens": case.query_lens, "seq_lens_list": case.seq_lens}
+    assert torch.equal(case.run(0.125), case.run(0.125, **host))
+
+
+def test_no_tokens(dtype: torch.dtype, rows: Any) -> None:
+    case = make_case(rows, dtype, [0, 0], [5, 7], 16)
+    assert case.run(0.125).shape == case.q.shape
+
+
+def test_large_scores_do_not_overflow(dtype: torch.dtype, rows: Any, assert_close: Any) -> None:
+    case = make_case(rows, dtype, *MIXED, 16)
+    case.q.mul_(100)
+    # A score is a sum of products as large as itself: its absolute error grows with it.
+    largest = (
+        case.q.double().norm(dim=-1).max() * case.k_cache.nan_to_num().norm(dim=-1).max()
+    ).item()
+    assert largest > 1000  # its exponential overflows in fp32
+    roundings = 2 * largest if dtype == torch.float32 else bound(dtype)
+    assert_close(case.run(1.0), case.reference(1.0), roundings)
+
+
+def test_a_nan_stays_in_its_request(dtype: torch.dtype, rows: Any) -> None:
+    case = make_case(rows, dtype, [2, 2], [30, 30], 16)
+    case.q[1, 4] = float("nan")
+    nan = case.run(0.125).isnan().any(-1)
+    assert nan.nonzero().tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 0), ("soft_cap", 0.0)])
+def test_senseless_masks_are_refused(name: str, value: float, rows: Any) -> None:
+    case = make_case(rows, torch.float32, [1], [3], 16)
+    with pytest.raises(ValueError, match=name):
+        case.run(0.125, **{name: value})
