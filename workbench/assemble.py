@@ -18,7 +18,6 @@ import torch
 
 import kernels
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
-from workbench.core.memory import MemoryProbe
 from workbench.core.step import StepRecord
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.ledger import Ledger
@@ -60,8 +59,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-#: Share of the free memory that ``kv_pool_tokens=auto`` may take at most.
-AUTO_POOL_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +72,8 @@ class Limits:
     max_model_len
         Tokens a request, prompt and output; 0 takes the model's context.
     kv_pool_tokens
-        Tokens of KV in all; 0 takes ``max_num_seqs * max_model_len``, within half of the free
-        memory.
+        Tokens of KV in all; 0 takes ``max_num_seqs * max_model_len``, within what the platform
+        gives unasked (``Platform.auto_pool_bytes``).
     """
 
     max_num_seqs: int = 32
@@ -317,7 +314,7 @@ def _build_pool(
     tokens = limits.kv_pool_tokens
     if not tokens:
         wanted = limits.max_num_seqs * -(-max_model_len // block_size) * block_size
-        tokens = min(wanted, int(AUTO_POOL_SHARE * free / bytes_per_token))
+        tokens = min(wanted, platform.auto_pool_bytes() // bytes_per_token)
     num_blocks = tokens // block_size
     if num_blocks < 1:
         raise ConfigError(
@@ -439,8 +436,3 @@ def _describe(
             flops_per_token=spec.flops_per_token(0),
         ),
     }
-
-
-def memory_probe(device: str) -> MemoryProbe:
-    """A probe for a device by name, for tools that report memory."""
-    return MemoryProbe(device)

@@ -121,6 +121,11 @@ def load_markers() -> dict[str, Marker]:
     return markers
 
 
+def parse_markers(nodes: Any) -> dict[str, Marker]:
+    """Markers of a configuration's ``techniques`` node."""
+    return {str(name): Marker.parse(str(name), node) for name, node in dict(nodes).items()}
+
+
 def compose_config(overrides: Sequence[str]) -> Composed:
     """Compose the configuration from ``conf/`` and Hydra overrides, and check it.
 
@@ -138,9 +143,7 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise _translate(error, overrides) from error
     choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
-    nodes = OmegaConf.to_container(cfg.techniques, resolve=True)
-    assert isinstance(nodes, dict)
-    techniques = {str(name): Marker.parse(str(name), node) for name, node in nodes.items()}
+    techniques = parse_markers(OmegaConf.to_container(cfg.techniques, resolve=True))
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)

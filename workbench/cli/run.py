@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,11 +59,7 @@ def run_command(overrides: Sequence[str]) -> int:
     """Run one A/B (or, without techniques, the engine beside the baselines); the exit status."""
     plan = plan_run(overrides)
     cfg = plan.treatment.cfg
-    _check_choices(cfg)
-    console = Console(stderr=True)
-    if plan.supplied:
-        console.print(f"Both engine rows include {', '.join(plan.supplied)}, which is required.")
-    results = _measure(plan, overrides, console)
+    results = _run_plan(plan, overrides)
     store_file = next((r.record_file for r in results if r.record_file), None)
     figure = None
     if store_file is not None:
@@ -70,9 +67,30 @@ def run_command(overrides: Sequence[str]) -> int:
     if cfg.output == "json":
         print_document(to_document(results, figure=str(figure) if figure else None))
     else:
-        print_table(results, Console())
-        Console().print(f"records: {store_file}\nfigure:  {figure}", soft_wrap=True)
+        # A file or a pipe has no width of its own; a terminal has.
+        out = Console(width=None if sys.stdout.isatty() else 120)
+        print_table(results, out)
+        out.print(f"records: {store_file}\nfigure:  {figure}", soft_wrap=True)
     return exit_status(results)
+
+
+def measure(overrides: Sequence[str]) -> list[VariantResult]:
+    """Measure what the overrides ask for and record it, without printing a table.
+
+    Raises
+    ------
+    WorkbenchError
+        The overrides, or what they name, are wrong.
+    """
+    return _run_plan(plan_run(overrides), overrides)
+
+
+def _run_plan(plan: Plan, overrides: Sequence[str]) -> list[VariantResult]:
+    _check_choices(plan.treatment.cfg)
+    console = Console(stderr=True)
+    if plan.supplied:
+        console.print(f"Both engine rows include {', '.join(plan.supplied)}, which is required.")
+    return _measure(plan, overrides, console)
 
 
 def _check_choices(cfg: DictConfig) -> None:

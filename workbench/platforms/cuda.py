@@ -47,5 +47,8 @@ class Cuda(Platform):
     def free_memory_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def auto_pool_bytes(self) -> int:
+        return int(0.85 * self.free_memory_bytes())
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

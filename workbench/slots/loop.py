@@ -37,4 +37,9 @@ class SyncLoop(Loop):
         plan = scheduler.schedule()
         if plan is None:
             return None
-        return FinishedStep(plan, executor.execute(plan))
+        try:
+            return FinishedStep(plan, executor.execute(plan))
+        except BaseException:
+            # The runner may not have seen the plan: tell it again whose rows are free.
+            scheduler.finished_since_plan[:0] = plan.finished_request_ids
+            raise

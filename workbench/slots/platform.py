@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -35,6 +34,10 @@ class Platform(Component):
     @abstractmethod
     def free_memory_bytes(self) -> int:
         """Bytes that could be taken now."""
+
+    @abstractmethod
+    def auto_pool_bytes(self) -> int:
+        """Most bytes that a KV pool takes when nobody says how many."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -84,9 +87,8 @@ class Cpu(Platform):
     def free_memory_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
-    def synchronize(self) -> None: ...
+    def auto_pool_bytes(self) -> int:
+        # Host memory is everybody's: take little, since what is taken is zeroed page by page.
+        return min(2 << 30, self.free_memory_bytes() // 4)
 
-    @property
-    def num_cores(self) -> int:
-        """Cores this process may use."""
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def synchronize(self) -> None: ...

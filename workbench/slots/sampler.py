@@ -12,7 +12,6 @@ from workbench.core.sampling import SamplingParams
 from workbench.core.step import TokenLogprobs
 from workbench.slots.component import Component
 
-
 #: Temperatures below it would be zero in single precision.
 _COLDEST = 1e-37
 

@@ -1,0 +1,134 @@
+"""Contracts of slots ``linear``, ``adapters``, ``parallel``, ``graph_runner`` and ``platform``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.contract.test_kv_pool_and_attention import make_batch
+from tests.helpers.engines import component
+from workbench.configuration import options_of
+from workbench.core.errors import ConfigError
+from workbench.slots.linear import LinearLayer
+from workbench.slots.platform import Platform
+
+CPU = torch.device("cpu")
+
+
+def make_layer(has_bias: bool) -> LinearLayer:
+    return LinearLayer("layers.0.qkv_proj", 64, 96, (("q", 64), ("k", 16), ("v", 16)), has_bias)
+
+
+@pytest.mark.parametrize("option", options_of("engine/linear"))
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("expected_tokens", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_is_a_product_within_its_bound(
+    option: str, has_bias: bool, expected_tokens: int, dtype: torch.dtype
+) -> None:
+    method, layer = component("linear", option), make_layer(has_bias)
+    method.create_weights(layer, dtype, CPU)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in layer.params.items():
+        assert name in ("weight", "bias") or method.error_bound > 0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    dense = layer.params["weight"].double().clone()
+    bias = layer.params["bias"].double().clone() if has_bias else torch.zeros(96)
+    assert ("bias" in layer.params) == has_bias
+    method.process_weights_after_loading(layer, expected_tokens)
+    assert not layer.params, "weights that are no longer needed are kept"
+    bound = max(method.error_bound, 8 * torch.finfo(dtype).eps)
+    for rows in (1, 3, 64):
+        x = torch.randn(rows, 64, generator=generator).to(dtype)
+        expected = x.double() @ dense.T + bias
+        y = method.apply(layer, x)
+        assert y.shape == (rows, 96)
+        assert y.dtype == dtype
+        error = (y.double() - expected).norm() / expected.norm()
+        assert float(error) <= bound
+
+
+@pytest.mark.parametrize("option", options_of("engine/adapters"))
+def test_adapters_leave_alone_who_has_none_and_name_what_they_do_not_know(option: str) -> None:
+    adapters = component("adapters", option)
+    batch = make_batch(torch.zeros(2, 1, dtype=torch.int32), [3, 4], [1, 1], 8)
+    assert adapters.slots_for(batch) is None
+    x, y = torch.ones(2, 64), torch.arange(192.0).reshape(2, 96)
+    assert torch.equal(adapters.apply(make_layer(False), x, y.clone()), y)
+    with pytest.raises(ValueError, match="no-such-adapter"):
+        adapters.load("no-such-adapter")
+
+
+def test_null_adapters_may_be_left_out_of_the_model() -> None:
+    assert component("adapters", "none").active is False
+
+
+@pytest.mark.parametrize("option", options_of("engine/parallel"))
+def test_parallel_on_one_process_sums_nothing(option: str) -> None:
+    parallel = component("parallel", option)
+    for axis in ("tp", "pp", "dp", "ep"):
+        assert 0 <= parallel.rank(axis) < parallel.axes.get(axis, 1)
+        if parallel.axes.get(axis, 1) == 1:
+            x = torch.randn(3, 4)
+            assert torch.equal(parallel.all_reduce(x.clone(), axis), x)
+
+
+@pytest.mark.parametrize("option", options_of("engine/graph_runner"))
+def test_graph_runner_returns_what_the_model_says_for_the_batch_s_own_tokens(option: str) -> None:
+    runner = component("graph_runner", option)
+    seen = []
+
+    def forward(batch: object) -> torch.Tensor:
+        seen.append(batch)
+        return batch.positions.unsqueeze(1).float() * torch.ones(8)  # type: ignore[attr-defined]
+
+    for lengths, queries in (([3, 9], [1, 1]), ([5, 6, 2], [5, 1, 2])):
+        batch = make_batch(
+            torch.zeros(len(lengths), 2, dtype=torch.int32), lengths, queries, block_size=8
+        )
+        descriptor = runner.dispatch(batch)
+        assert descriptor.num_tokens >= batch.num_tokens
+        assert descriptor.num_requests >= batch.num_requests
+        assert descriptor.mode
+        runner.capture([descriptor])
+        hidden = runner.run(descriptor, batch, forward)
+        assert hidden.shape == (sum(queries), 8)
+        assert torch.equal(hidden[:, 0], batch.positions.float())
+    assert len(seen) >= 1
+
+
+@pytest.mark.parametrize("option", options_of("engine/platform"))
+def test_platform_says_what_it_is(option: str) -> None:
+    platform: Platform = component("platform", option)
+    assert platform.name == option
+    assert isinstance(platform.device, torch.device)
+    assert platform.default_dtype() in (torch.float32, torch.bfloat16, torch.float16)
+    reasons = platform.unsupported_reasons()
+    assert all(isinstance(r, str) and r for r in reasons)
+    if reasons:
+        return
+    assert platform.free_memory_bytes() > 0
+    platform.synchronize()
+    probe = platform.memory_probe()
+    probe.reset_peak()
+    before = probe.current_bytes()
+    held = torch.ones(4 << 20, device=platform.device)  # 16 MiB
+    assert probe.peak_bytes() - before >= held.numel() * 4 * 0.9
+    del held
+
+
+def test_cpu_is_always_there() -> None:
+    assert component("platform", "cpu").unsupported_reasons() == []
+
+
+def test_cpu_sets_threads_only_when_asked_and_refuses_a_negative_number() -> None:
+    before = torch.get_num_threads()
+    component("platform", "cpu", settings={"num_threads": 0})
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="num_threads"):
+        component("platform", "cpu", settings={"num_threads": -1})
+
+
+def test_cuda_without_a_gpu_says_so() -> None:
+    platform = component("platform", "cuda", settings={"index": 99})
+    assert platform.unsupported_reasons()
