@@ -59,6 +59,13 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+#: What an option's annotation lets through.
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,9 @@ class Limits:
         for name, least in (("max_num_seqs", 1), ("max_model_len", 0), ("kv_pool_tokens", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise ConfigError(f"limits.{name}={value!r} must be an integer of at least {least}.")
+                raise ConfigError(
+                    f"limits.{name}={value!r} must be an integer of at least {least}."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +169,8 @@ def build_config(cls: type[Any], slot: str, options: Mapping[str, Any]) -> Any:
         if name not in fields:
             raise unknown_name(f"option of engine.{slot} ({cls.__name__})", name, fields)
         expected = fields[name].type
-        kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(str(expected))
-        wrong = kind is not None and not isinstance(value, kind)
+        kinds = _OPTION_TYPES.get(str(expected), (object,))
+        wrong = not isinstance(value, kinds)
         if wrong or (expected == "int" and isinstance(value, bool)):
             raise ConfigError(f"engine.{slot}.{name}={value!r} must be of type {expected}.")
     return cls.Config(**options)

@@ -280,7 +280,7 @@ def engine_config(
     source = open_source(
         cfg.model.name,
         weights=cfg.weights,
-        hf_config=hf_config,  # type: ignore[arg-type]
+        hf_config=hf_config,
         models_dir=cfg.models_dir,
         download=download,
         progress=progress,

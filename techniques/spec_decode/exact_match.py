@@ -20,7 +20,8 @@ class ExactMatch(Verifier):
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        self.reset_counters()
+        # Verifications, verified and accepted tokens, summed on the device.
+        self._totals: torch.Tensor | None = None
 
     def verify(
         self,
@@ -61,4 +62,4 @@ class ExactMatch(Verifier):
         }
 
     def reset_counters(self) -> None:
-        self._totals: torch.Tensor | None = None
+        self._totals = None

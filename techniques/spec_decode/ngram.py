@@ -94,7 +94,8 @@ class _NgramIndex:
                 continue
             start = self._after.get(tuple(tokens[-size:].tolist()))
             if start is not None:
-                return tokens[start : start + limit].tolist()
+                draft: list[int] = tokens[start : start + limit].tolist()
+                return draft
         return []
 
     def _extend(self, tokens: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +63,7 @@ def hf(folder: Path) -> Iterator[HfStaticBatchBest]:
 
 
 def _hf_tokens_per_second(backend: HfStaticBatchBest, prompts: list[list[int]]) -> float:
-    requests = [
-        WorkloadRequest(str(i), tuple(ids), NUM_TOKENS) for i, ids in enumerate(prompts)
-    ]
+    requests = [WorkloadRequest(str(i), tuple(ids), NUM_TOKENS) for i, ids in enumerate(prompts)]
     backend.run(Offline(requests), lambda event: None)  # calibrates and warms up
     rates = []
     for _ in range(3):
@@ -76,7 +75,9 @@ def _hf_tokens_per_second(backend: HfStaticBatchBest, prompts: list[list[int]]) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the targets are those of a CPU")
 @pytest.mark.parametrize("batch_size", TARGETS)
-def test_output_rate_against_transformers(benchmark, hf: HfStaticBatchBest, batch_size: int) -> None:
+def test_output_rate_against_transformers(
+    benchmark: Any, hf: HfStaticBatchBest, batch_size: int
+) -> None:
     prompts = _prompts(batch_size)
     engine = _engine(batch_size)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -89,7 +90,7 @@ def test_output_rate_against_transformers(benchmark, hf: HfStaticBatchBest, batc
     assert rate >= TARGETS[batch_size] * baseline
 
 
-def test_host_work_of_a_step(benchmark, folder: Path) -> None:
+def test_host_work_of_a_step(benchmark: Any, folder: Path) -> None:
     """Everything but the model takes under 300 us a step at 32 running requests."""
     engine = _engine(32)
     prompts = _prompts(32)

@@ -114,6 +114,17 @@ def test_requests_that_cannot_be_served_are_told_and_the_others_finish(
     assert backend.counters()["failed_requests"] == len(bad)
 
 
+def test_a_failed_request_makes_room_before_the_batch_starts(folder: Path) -> None:
+    first, second = make_requests([(6, 4), (9, 4)])
+    backend = HfStaticBatch(folder, batch_size=2)
+    try:
+        tokens, _ = run(backend, [first, WorkloadRequest("bad", (), 1), second], concurrency=2)
+        assert {name: ids for name, ids in tokens.items() if ids} == oracle(folder, [first, second])
+        assert backend.counters()["steps"] == max(first.max_tokens, second.max_tokens)
+    finally:
+        backend.close()
+
+
 def test_a_request_that_fills_the_context_is_served(backend: Any, folder: Path) -> None:
     requests = make_requests([(CONTEXT - 3, 3)])
     tokens, _ = run(backend, requests)

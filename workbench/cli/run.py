@@ -154,7 +154,9 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
 def _build(cfg: DictConfig, group: str) -> Any:
     """Instantiate a workload or a load, refusing options that its class does not have."""
     node = {str(k): v for k, v in cfg[group].items()}
-    valid = [k for k in inspect.signature(load_class(node["_target_"])).parameters if k != "requests"]
+    valid = [
+        k for k in inspect.signature(load_class(node["_target_"])).parameters if k != "requests"
+    ]
     for name in node:
         if not name.startswith("_") and name not in valid:
             raise unknown_name(f"option of {group} ({node['_target_']})", name, valid)

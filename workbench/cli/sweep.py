@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +21,7 @@ from workbench.core.errors import ConfigError
 
 
 def _job(_: DictConfig) -> int:
-    overrides = list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
     status = run_command([str(text) for text in overrides])
     _STATUSES.append(status)
     return status

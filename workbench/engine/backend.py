@@ -85,9 +85,7 @@ class EngineBackend:
                 )
                 taken += 1
             except RequestError as error:
-                on_event(
-                    TokenEvent(request.request_id, time.perf_counter(), (), True, str(error))
-                )
+                on_event(TokenEvent(request.request_id, time.perf_counter(), (), True, str(error)))
         return taken
 
     def counters(self) -> dict[str, float]:

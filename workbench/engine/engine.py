@@ -122,7 +122,7 @@ class Engine:
             assert self.tokenizer is not None
             token_ids = self.tokenizer.encode(text)
         else:
-            token_ids = [int(t) for t in prompt]  # type: ignore[call-overload]
+            token_ids = [int(t) for t in prompt]  # type: ignore[arg-type]
         if not token_ids:
             raise RequestError("the prompt is empty: it must hold at least one token.")
         vocab = self.parts.vocab_size

@@ -129,6 +129,8 @@ class ModelRunner:
             self.table.add(new)
         for request_id, blocks in plan.new_block_ids.items():
             self.table.append_blocks(self.table.row_of[request_id], blocks)
+        if self._steady is not None and plan.new_block_ids:  # whatever kind of step brought them
+            self._steady.block_table = self.table.block_table[self._steady.rows]
 
     def _gather(self, plan: SchedulerOutput) -> _Inputs:
         """Gather the batch from the table: a few integers go to the device, all else is there."""
@@ -149,8 +151,6 @@ class ModelRunner:
                 query_start_loc=self._first_arange(size + 1).to(torch.int32),
                 indices=list(range(size)),
             )
-        elif plan.new_block_ids:
-            self._steady.block_table = table.block_table[self._steady.rows]
         steady, index = self._steady, self._first_arange(size)
         positions = table.num_computed_tokens[steady.rows]
         seq_lens = positions + 1
@@ -270,9 +270,7 @@ class ModelRunner:
         first_row = torch.tensor(inputs.first_row, dtype=torch.int64).to(device)
         return DraftsToVerify(drafts.masked_fill(~is_draft, -1), first_row)
 
-    def _logits(
-        self, inputs: _Inputs, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(self, inputs: _Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         index = inputs.batch.logits_indices
         selected = hidden if index.shape[0] == hidden.shape[0] else hidden[index]
         return self.parts.model.compute_logits(selected), selected
@@ -282,9 +280,7 @@ class ModelRunner:
         if table.all_plain_greedy:
             nothing = batch.positions[:0]
             return SamplingMetadata(params=[], positions=nothing, seeds=nothing)
-        rows = [
-            inputs.rows[i] for i in inputs.sampling for _ in range(inputs.num_drafts[i] + 1)
-        ]
+        rows = [inputs.rows[i] for i in inputs.sampling for _ in range(inputs.num_drafts[i] + 1)]
         params = [p for row in rows if (p := table.params[row]) is not None]
         positions = batch.positions[batch.logits_indices] + 1
         index = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)

@@ -12,7 +12,7 @@ class NoConfig:
     """A component without options."""
 
 
-class Component(ABC):
+class Component(ABC):  # noqa: B024 - its subclasses, the slots, have the abstract methods
     """Base of everything that fills a slot.
 
     A component is built as ``Class(Config(...), <runtime objects by keyword>)`` and nowhere but in
@@ -28,5 +28,5 @@ class Component(ABC):
         """Counts since the last :meth:`reset_counters`, the evidence that the component ran."""
         return {}
 
-    def reset_counters(self) -> None:
+    def reset_counters(self) -> None:  # noqa: B027 - most components count nothing
         """Set every counter to zero."""

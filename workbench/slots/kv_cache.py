@@ -57,7 +57,7 @@ class KVCacheManager(Component):
 
     @abstractmethod
     def free(self, request_id: str) -> None:
-        """Take back all blocks and the promise. Unknown ids are ignored (abort before admission)."""
+        """Take back all blocks and the promise; an id that was never admitted is ignored."""
 
     @abstractmethod
     def usage(self) -> KVUsage:

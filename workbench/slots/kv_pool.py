@@ -104,9 +104,7 @@ class ModelDtypePool(KVPool):
         # Zeroed, not merely reserved: memory is taken now, where the ledger says, and padding
         # that reads the trash block finds finite numbers.
         self._layers = [
-            torch.zeros(
-                2, num_blocks + 1, block_size, heads, dim, dtype=shape.dtype, device=device
-            )
+            torch.zeros(2, num_blocks + 1, block_size, heads, dim, dtype=shape.dtype, device=device)
             for heads, dim in zip(shape.num_kv_heads, shape.head_dim, strict=True)
         ]
         self._kv = [(kv[0], kv[1]) for kv in self._layers]
@@ -145,7 +143,7 @@ class ModelDtypePool(KVPool):
             norm_eps=rope.eps,
             norm_offset=rope.norm_offset,
         )
-        return qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+        return qkv[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
 
     @property
     def num_bytes(self) -> int:

@@ -44,9 +44,7 @@ class LinearMethod(Component):
     error_bound: float = 0.0
 
     @abstractmethod
-    def create_weights(
-        self, layer: LinearLayer, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def create_weights(self, layer: LinearLayer, dtype: torch.dtype, device: torch.device) -> None:
         """Fill ``layer.params`` with empty tensors of the shapes that the checkpoint has."""
 
     @abstractmethod
@@ -70,9 +68,7 @@ class DenseLinear(LinearMethod):
     On the CPU they are packed once into the layout that the matrix library computes in.
     """
 
-    def create_weights(
-        self, layer: LinearLayer, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def create_weights(self, layer: LinearLayer, dtype: torch.dtype, device: torch.device) -> None:
         shape = (layer.out_features, layer.in_features)
         layer.params["weight"] = torch.empty(shape, dtype=dtype, device=device)
         if layer.has_bias:

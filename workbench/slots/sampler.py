@@ -101,7 +101,7 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw an index a row of ``probs[L, V]`` (need not sum to 1) at ``uniform[L]``; int64 ``[L]``."""
+    """Draw an index a row of ``probs[L, V]``, of any sum, at ``uniform[L]``; int64 ``[L]``."""
     cumulative = probs.double().cumsum(-1)
     target = (uniform * cumulative[:, -1]).unsqueeze(-1)
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -146,13 +146,13 @@ def _apply_penalties(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
         context = metadata.contexts[row]
         line = logits[row]
         if params.repetition_penalty != 1.0:
-            seen = context.unique()
+            seen = torch.unique(context)
             values = line[seen]
             r = params.repetition_penalty
             line[seen] = torch.where(values > 0, values / r, values * r)
         output = context[metadata.num_prompt_tokens[row] :]
         if output.numel() and (params.presence_penalty or params.frequency_penalty):
-            seen, counts = output.unique(return_counts=True)
+            seen, counts = torch.unique(output, return_counts=True)
             line[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(line.dtype)
 
 
