@@ -6,7 +6,7 @@ linear layer with its weight laid out for the machine ``rms_norm``, ``add_rms_no
 RMSNorm, alone or with the residual addition before it ``apply_rope_and_write_kv``
 (QK-norm,) rotary embedding and KV write on the fused QKV ``write_kv``                           KV
 write alone ``silu_and_mul``, ``gelu_tanh_and_mul``  gated activation on the fused gate-up
-``paged_attention``                    causal attention over a paged cache, any mix of query lengths
+``paged_attend``                    causal attention over a paged cache, any mix of query lengths
 ``embedding``                          token embedding rows ``argmax``
 greedy token =====================================
 ==============================================================
@@ -19,7 +19,7 @@ Transformers would take it for that package.
 from __future__ import annotations
 
 from kernels.activation import gelu_tanh_and_mul, silu_and_mul
-from kernels.attention import paged_attention
+from kernels.attention import paged_attend
 from kernels.embedding import embedding
 from kernels.kv_cache import write_kv
 from kernels.linear import PackedLinear, apply_linear, pack_linear
@@ -36,7 +36,7 @@ __all__ = [
     "embedding",
     "gelu_tanh_and_mul",
     "pack_linear",
-    "paged_attention",
+    "paged_attend",
     "rms_norm",
     "silu_and_mul",
     "write_kv",

@@ -19,7 +19,7 @@ from kernels import dispatch
 _NATIVE_HEAD_DIM = 16  # the CPU kernel serves the multiples of it
 
 
-def paged_attention(
+def paged_attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -71,7 +71,7 @@ def paged_attention(
 
         block_table = block_table.to(torch.int32)  # nothing to do as a rule
         query_start_loc, seq_lens = query_start_loc.to(torch.int32), seq_lens.to(torch.int32)
-        return attention.paged_attention(
+        return attention.paged_attend(
             q,
             k_cache,
             v_cache,
@@ -88,11 +88,11 @@ def paged_attention(
         seq_lens_list = seq_lens.tolist()
     arguments = (q, k_cache, v_cache, block_table, query_lens, seq_lens_list, scale)
     if q.is_cuda and soft_cap is None:
-        return paged_attention_sdpa(*arguments, sliding_window=sliding_window)
-    return paged_attention_reference(*arguments, sliding_window=sliding_window, soft_cap=soft_cap)
+        return paged_attend_sdpa(*arguments, sliding_window=sliding_window)
+    return paged_attend_reference(*arguments, sliding_window=sliding_window, soft_cap=soft_cap)
 
 
-def paged_attention_reference(
+def paged_attend_reference(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -104,7 +104,7 @@ def paged_attention_reference(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """Plain torch form of :func:`paged_attention`, one request at a time; lengths on the host."""
+    """Plain torch form of :func:`paged_attend`, one request at a time; lengths on the host."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start = 0
     for row, (num_queries, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
@@ -117,7 +117,7 @@ def paged_attention_reference(
     return out
 
 
-def paged_attention_sdpa(
+def paged_attend_sdpa(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -128,7 +128,7 @@ def paged_attention_sdpa(
     *,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """:func:`paged_attention` by torch's fused attention.
+    """:func:`paged_attend` by torch's fused attention.
 
     Requests with the same number of queries are padded into one call.
     """

@@ -9,6 +9,7 @@ whole decoder made of these ops, with no framework around it.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import kernels
 from kernels import activation, dispatch, linear, norm, rotary, sampling
-from kernels.attention import paged_attention_reference
+from kernels.attention import paged_attend_reference
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -71,7 +72,7 @@ class Batch:
         q = qkv[:, : HEADS * HEAD_DIM].view(-1, HEADS, HEAD_DIM)
         cache = (self.k_cache[layer], self.v_cache[layer], self.block_table)
         lengths = (self.starts, self.lengths, HEAD_DIM**-0.5)
-        out: Tensor = kernels.paged_attention(q, *cache, *lengths)
+        out: Tensor = kernels.paged_attend(q, *cache, *lengths)
         return out.view(-1, HEADS * HEAD_DIM)
 
 
@@ -80,7 +81,7 @@ class Decoder:
 
     def __init__(self, dtype: torch.dtype) -> None:
         def weight(shape: tuple[int, int]) -> Tensor:
-            return (torch.randn(shape) * shape[1] ** -0.5).to(dtype)
+            return (torch.randn(shape) / math.sqrt(shape[1])).to(dtype)
 
         self.dense = {name: [weight(s) for _ in range(LAYERS)] for name, s in SHAPES.items()}
         self.dense["head"] = [weight((VOCAB, HIDDEN))]
@@ -142,8 +143,8 @@ def op_rows(batch: Batch, dtype: torch.dtype) -> Iterator[Row]:
     cache = (batch.k_cache[0], batch.v_cache[0], batch.block_table)
     lengths = (batch.query_lens, batch.seq_lens, HEAD_DIM**-0.5)
     yield (
-        "paged_attention",
-        lambda: paged_attention_reference(q, *cache, *lengths),
+        "paged_attend",
+        lambda: paged_attend_reference(q, *cache, *lengths),
         lambda: batch.attend(qkv),
         2 * sum(batch.seq_lens) * KV_HEADS * HEAD_DIM * size + 2 * q.numel() * size,
     )

@@ -49,7 +49,7 @@ def build_engine(
 
     Examples
     --------
-    >>> engine = build_engine(technique="spec_decode", max_model_len=1024)  # doctest: +SKIP
+    >>> engine = build_engine(max_model_len=1024)  # doctest: +SKIP
     >>> engine.generate("The capital of France is")[0].text  # doctest: +SKIP
     """
     if isinstance(cfg, EngineConfig):

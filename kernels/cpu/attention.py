@@ -59,7 +59,7 @@ _SUMMARY = struct.Struct("3q")  # numbers of tasks, of partial results, of (row,
 _local = threading.local()
 
 
-def paged_attention(
+def paged_attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -70,7 +70,7 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
-    """See :func:`kernels.attention.paged_attention`; ``D`` is a multiple of 16."""
+    """See :func:`kernels.attention.paged_attend`; ``D`` is a multiple of 16."""
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     num_requests = block_table.shape[0]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import paged_attention
+from kernels import paged_attend
 from kernels.attention import (
     causal_mask,
     gather_pages,
-    paged_attention_reference,
-    paged_attention_sdpa,
+    paged_attend_reference,
+    paged_attend_sdpa,
 )
 from kernels.cpu import attention as native
 
@@ -46,12 +46,12 @@ class Case:
 
     def run(self, scale: float, **masks: Any) -> Tensor:
         caches = (self.k_cache, self.v_cache, self.block_table)
-        return paged_attention(self.q, *caches, *self.lengths, scale, **masks)
+        return paged_attend(self.q, *caches, *self.lengths, scale, **masks)
 
     def reference(self, scale: float, dtype: torch.dtype = torch.float64, **masks: Any) -> Tensor:
         tensors = (x.to(dtype) for x in (self.q, self.k_cache, self.v_cache))
         lengths = (self.query_lens, self.seq_lens)
-        return paged_attention_reference(*tensors, self.block_table, *lengths, scale, **masks)
+        return paged_attend_reference(*tensors, self.block_table, *lengths, scale, **masks)
 
 
 def make_case(
@@ -181,7 +181,7 @@ def test_the_padded_form_for_gpus_equals_fp64(
         cache.nan_to_num_(0.0)
     case.block_table[case.block_table >= len(case.k_cache)] = 0
     lengths = (case.block_table, case.query_lens, case.seq_lens)
-    out = paged_attention_sdpa(
+    out = paged_attend_sdpa(
         case.q, case.k_cache, case.v_cache, *lengths, 0.125, sliding_window=window
     )
     assert_close(out, case.reference(0.125, sliding_window=window), bound(torch.float32))

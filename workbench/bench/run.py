@@ -345,6 +345,11 @@ class _Job:
         state.backend = state.variant.build()
         state.info = state.backend.info()
         state.base_bytes = before.get(torch.device(state.info.device).type, 0)
+        prepare = getattr(state.backend, "prepare", None)
+        if prepare is not None:
+            self.progress.begin(f"{state.variant.name} · calibration", 0, self.clock())
+            prepare(self._servable, self.load_factory(self.requests).concurrency)
+            state.info = state.backend.info()
         num_warm = self._num_warmups(state.info)
         state.num_warmups = num_warm
         if not num_warm:
@@ -381,10 +386,11 @@ class _Job:
             if limit is not None and event.time_s - start_s > limit:
                 raise RoundTimeout(f"the round ran past its limit of {limit:g} s.")
 
-        watched = load.watch(on_event)
-        load.start(start_s)
-        backend.run(load, watched)
-        return events, load, start_s, self.clock()
+        # The load's clock starts at the first poll: what a backend tidies up before it asks for
+        # work (garbage, a manager of its own) is no part of serving.
+        backend.run(load, load.watch(on_event))
+        end_s = self.clock()
+        return events, load, end_s if load.start_s is None else load.start_s, end_s
 
     def _measure(self, state: VariantState, index: int) -> None:
         backend = state.backend
@@ -416,6 +422,7 @@ class _Job:
             state.failure = Failure(status, gate.verdict, message)
         if index == 0:
             state.outputs, state.load_settings = outputs, load.describe()
+            state.info = backend.info()  # some only know what they used once they have run
         state.rounds.append(sample)
         state.counters.append(counters)
         state.ledgers.append(ledger)

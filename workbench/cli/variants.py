@@ -1,4 +1,4 @@
-"""Which rows a run has: the rungs of other engines, the engine's base, and the base with techniques."""
+"""Which rows a run has: the rungs of other engines, the engine's base, the base with techniques."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _required_by(asked: Sequence[str], markers: dict[str, Marker]) -> list[str]:
 
 
 def _touches(text: str, slots: set[str]) -> bool:
-    """Whether an override configures one of the slots (``engine/drafter=``, ``engine.drafter.``)."""
+    """Whether an override configures one of the slots, as in ``engine/drafter=none``."""
     match = re.match(r"[+~]*engine[/.](\w+)", text)
     return match is not None and match[1] in slots
 

@@ -88,6 +88,9 @@ class Backend(Protocol):
 
     ``run`` may be called many times; each call starts with an empty prefix cache and leaves no
     request behind. Tokens are counted from engine ids, never by tokenising text again.
+
+    A backend that must look at the workload before it runs (to find its best batch size, say) has
+    ``prepare(requests, max_concurrency)``, which is called once and is not timed.
     """
 
     name: str

@@ -7,6 +7,7 @@ missing the peak is sampled instead, and ``exact_peak`` says so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from pathlib import Path
@@ -45,10 +46,9 @@ class MemoryProbe:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             return
-        try:
+        # Where there is no glibc, freed pages may stay counted.
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # not glibc: freed pages may stay counted
-            pass
 
     def current_bytes(self) -> int:
         """Bytes held now."""

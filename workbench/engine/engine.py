@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import operator
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -77,14 +79,15 @@ class Engine:
         sampling = sampling or SamplingParams()
         sampling.validate()
         token_ids = self._tokenize(prompt)
-        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        if request_id in self._states:
-            raise RequestError(f"request id {request_id!r} is in use already.")
+        request_id = request_id if request_id is not None else self._new_id()
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine has none.")
         children = [
             request_id if sampling.n == 1 else f"{request_id}#{k}" for k in range(sampling.n)
         ]
+        for name in (request_id, *children):
+            if name in self._states or name in self._child_of:
+                raise RequestError(f"request id {name!r} is in use already.")
         state = RequestState(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -94,22 +97,35 @@ class Engine:
             if sampling.stop and self.tokenizer
             else None,
         )
+        self._states[request_id] = state
+        try:
+            self._queue_completions(state, sampling)
+        except BaseException:
+            self.abort(request_id)
+            raise
+        return request_id
+
+    def _queue_completions(self, state: RequestState, sampling: SamplingParams) -> None:
         base = sampling.seed if sampling.seed is not None else next(self._seeds)
-        for k, child in enumerate(children):
+        for k, child in enumerate(state.child_ids):
+            self._child_of[child] = (state, k)
             self.parts.scheduler.add(
                 Request(
                     request_id=child,
-                    prompt_token_ids=token_ids,
+                    prompt_token_ids=state.prompt_token_ids,
                     sampling=dataclasses.replace(sampling, seed=_child_seed(base, k)),
                     eos_token_ids=self.parts.eos_token_ids,
                     arrival_s=time.perf_counter(),
                 )
             )
-            self._child_of[child] = (state, k)
-        self._states[request_id] = state
-        return request_id
+
+    def _new_id(self) -> str:
+        """An id that no request has, not even one that the caller named."""
+        names = (f"request-{number}" for number in self._ids)
+        return next(name for name in names if name not in self._states)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
+        prompt = _plain(prompt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("text prompts need a tokenizer; give token ids instead.")
@@ -120,9 +136,10 @@ class Engine:
                 raise RequestError("chat messages need a tokenizer with a chat template.")
             text = template(prompt, tokenize=False, add_generation_prompt=True)
             assert self.tokenizer is not None
-            token_ids = self.tokenizer.encode(text)
+            # The template has written its own special tokens.
+            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            token_ids = [int(t) for t in prompt]  # type: ignore[arg-type]
+            token_ids = [_as_id(token) for token in prompt]
         if not token_ids:
             raise RequestError("the prompt is empty: it must hold at least one token.")
         vocab = self.parts.vocab_size
@@ -173,15 +190,18 @@ class Engine:
         if entry is None:
             return None
         state, index = entry
-        stopped = state.append(index, update.new_token_ids, update.logprobs)
+        new_token_ids = update.new_token_ids
+        stopped = state.append(index, new_token_ids, update.logprobs)
         if stopped is not None:
+            num_before = len(state.completions[index].token_ids) - len(new_token_ids)
+            new_token_ids = new_token_ids[: stopped[0] - num_before]
             self.parts.scheduler.finish(request.request_id, FinishReason.STOP, stopped[0])
         if stopped is not None or request.is_finished:
             state.end(index, request, self.tokenizer, stopped)
             del self._child_of[request.request_id]
             if state.finished:
                 del self._states[state.request_id]
-        return state.output(tuple(update.new_token_ids))
+        return state.output(tuple(new_token_ids))
 
     def _record(
         self,
@@ -252,16 +272,16 @@ class Engine:
                 )
         results: dict[str, RequestOutput] = {}
         order = []
-        for prompt, params in zip(listed, each, strict=True):
-            request_id = f"request-{next(self._ids)}"
-            order.append(request_id)
-            try:
-                self.add_request(prompt, params, request_id)
-            except RequestError as error:
-                results[request_id] = RequestOutput(
-                    request_id, [], [], finished=True, error=str(error)
-                )
         try:
+            for prompt, params in zip(listed, each, strict=True):
+                request_id = self._new_id()
+                order.append(request_id)
+                try:
+                    self.add_request(prompt, params, request_id)
+                except RequestError as error:
+                    results[request_id] = RequestOutput(
+                        request_id, [], [], finished=True, error=str(error)
+                    )
             while any(i not in results for i in order):
                 for output in self.step():
                     if output.finished:
@@ -295,14 +315,42 @@ class Engine:
 
 
 def _child_seed(base: int, index: int) -> int:
-    """Seeds of a request's completions: apart from each other, and within int64."""
-    return (base + index * 0x9E3779B97F4A7C15) % 2**63
+    """Seeds of a request's completions, within int64; the first is the request's own.
+
+    The others are hashed: a draw comes from seed and position by addition, so seeds at a fixed
+    distance would give one completion the numbers of another, some positions later.
+    """
+    if index == 0:
+        return base % 2**63
+    digest = hashlib.blake2b(f"{base}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _plain(prompt: Any) -> Prompt:
+    """Arrays and tensors as lists; refuses what is no prompt at all."""
+    tolist = getattr(prompt, "tolist", None)
+    if tolist is not None:
+        prompt = tolist()
+    if not isinstance(prompt, Sequence):
+        raise RequestError(
+            f"{prompt!r} is no prompt: give text, a list of token ids, or chat messages."
+        )
+    return prompt
+
+
+def _as_id(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise RequestError(f"token id {token!r} is not an integer.") from None
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
     """Tell one prompt from several."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
     if len(prompts) and isinstance(prompts[0], int | dict):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [prompts]
+    return list(prompts)

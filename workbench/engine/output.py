@@ -13,7 +13,7 @@ from workbench.core.step import TokenLogprobs
 class Tokenizer(Protocol):
     """What the engine asks of a tokenizer (Transformers' do)."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool = ...) -> str: ...
 
@@ -29,11 +29,14 @@ class StopStringScan:
     stops: tuple[str, ...]
     tokenizer: Tokenizer
     window: int = field(init=False)
+    special: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # A token decodes to at least one byte, so a string of n characters spans at most 4n tokens;
         # 8 more cover characters that are split over tokens on either side.
         self.window = 4 * max(len(s) for s in self.stops) + 8
+        # Special tokens are no part of the text, however many stand inside a string.
+        self.special = frozenset(getattr(self.tokenizer, "all_special_ids", ()))
 
     def find(self, token_ids: list[int], num_new: int) -> tuple[int, str] | None:
         """How many tokens to keep and the string that was met, or None.
@@ -41,13 +44,20 @@ class StopStringScan:
         ``token_ids`` is the whole output, of which the last ``num_new`` were not looked at yet.
         """
         for end in range(len(token_ids) - num_new + 1, len(token_ids) + 1):
-            text = self.tokenizer.decode(
-                token_ids[max(0, end - self.window) : end], skip_special_tokens=True
-            )
-            for stop in self.stops:
-                if stop in text:
-                    return end, stop
+            text = self.tokenizer.decode(self._tail(token_ids, end), skip_special_tokens=True)
+            met = [stop for stop in self.stops if stop in text]
+            if met:
+                return end, min(met, key=text.find)
         return None
+
+    def _tail(self, token_ids: list[int], end: int) -> list[int]:
+        """The last tokens before ``end`` that are text, as many as the window holds."""
+        tail: list[int] = []
+        while end and len(tail) < self.window:
+            end -= 1
+            if token_ids[end] not in self.special:
+                tail.append(token_ids[end])
+        return tail[::-1]
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ class Admission(Component):
 
 
 class ReserveFull(Admission):
-    """Reserve prompt and all of ``max_tokens``, so that nothing is ever pre-empted: the null object."""
+    """Reserve the prompt and all of ``max_tokens``: nothing is ever pre-empted. The null object."""
 
     def reserve_tokens(self, request: Request) -> int:
         return request.max_total_tokens

@@ -82,7 +82,7 @@ class SdpaAttention(AttentionBackend):
         self, q: torch.Tensor, layer: AttentionLayer, metadata: ForwardBatch, pool: KVPool
     ) -> torch.Tensor:
         k_cache, v_cache = pool.layer(layer.index)
-        return kernels.paged_attention(
+        return kernels.paged_attend(
             q,
             k_cache,
             v_cache,
