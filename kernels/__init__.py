@@ -1,15 +1,15 @@
 """Ops of a decoder, one a file: a plain torch reference, and a dispatcher that picks by device.
 
-=====================================
-============================================================== ``pack_linear``, ``apply_linear``
-linear layer with its weight laid out for the machine ``rms_norm``, ``add_rms_norm_``
-RMSNorm, alone or with the residual addition before it ``apply_rope_and_write_kv``
-(QK-norm,) rotary embedding and KV write on the fused QKV ``write_kv``                           KV
-write alone ``silu_and_mul``, ``gelu_tanh_and_mul``  gated activation on the fused gate-up
-``paged_attend``                    causal attention over a paged cache, any mix of query lengths
-``embedding``                          token embedding rows ``argmax``
-greedy token =====================================
-==============================================================
+==========================================  ====================================================
+``pack_linear``, ``apply_linear``           linear layer, its weight laid out for the machine
+``rms_norm``, ``add_rms_norm_``             RMSNorm, alone or with the residual addition before it
+``apply_rope_and_write_kv``                 (QK-norm,) rotary embedding, KV write on the fused QKV
+``write_kv``                                KV write alone
+``silu_and_mul``, ``gelu_tanh_and_mul``     gated activation on the fused gate-up projection
+``paged_attend``                            causal attention over a paged cache, any query lengths
+``embedding``                               token embedding rows
+``argmax``                                  greedy token
+==========================================  ====================================================
 
 Every op has a reference of the same meaning, named ``<op>_reference``, in its module. The folder
 shares its name with a Hugging Face package: it must not define ``__version__``, by which

@@ -130,7 +130,8 @@ def paged_attend_sdpa(
 ) -> Tensor:
     """:func:`paged_attend` by torch's fused attention.
 
-    Requests with the same number of queries are padded into one call.
+    Requests with the same number of queries are padded into one call. Padding reads a request's
+    last block to its end and multiplies by 0 what it finds there: a cache must hold no NaN.
     """
     groups: dict[int, list[int]] = {}
     for row, num_queries in enumerate(query_lens):
@@ -165,13 +166,17 @@ def _attend_padded(
 ) -> Tensor:
     """Requests of one query length: ``q [B, Q, Hq, D]`` -> ``[B, Q, Hq, D]``."""
     num_queries, longest = q.shape[1], max(seq_lens)
-    blocks = block_table[:, : -(-longest // k_cache.shape[1])].long()
+    block_size = k_cache.shape[1]
+    blocks = block_table[:, : -(-longest // block_size)].long()
+    lens = torch.tensor(seq_lens).to(q.device, non_blocking=True).unsqueeze(1)
+    # Entries past a request's end may be anything: read its first block there, masked below.
+    page_starts = block_size * torch.arange(blocks.shape[1], device=q.device)
+    blocks = torch.where(page_starts < lens, blocks, blocks[:, :1])
     k, v = (
         cache[:, :longest][blocks].flatten(1, 2)[:, :longest].transpose(1, 2)  # [B, Hkv, S, D]
         for cache in (k_cache, v_cache)
     )
-    lens = torch.tensor(seq_lens).to(q.device, non_blocking=True)
-    query = lens.unsqueeze(1) - num_queries + torch.arange(num_queries, device=q.device)
+    query = lens - num_queries + torch.arange(num_queries, device=q.device)
     query = query.unsqueeze(2)  # [B, Q, 1]: position of each query
     key = torch.arange(longest, device=q.device)
     mask = key <= query

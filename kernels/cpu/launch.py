@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+import warnings
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, addressof, c_int64, c_void_p, create_string_buffer
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, prange, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from kernels.cpu.pointers import COMPILE_OPTIONS
@@ -39,6 +41,23 @@ def _source_digest() -> str:
 # numba takes a compiled function from disk if the function's own file has not changed, whatever its
 # helpers in other files did. So a digest of this folder is part of each kernel's signature.
 _ARGUMENTS = types.Opaque(f"arguments({_source_digest()})")
+
+
+def _can_cache() -> bool:
+    """Whether numba finds a folder to keep compiled kernels in."""
+    try:
+        FunctionCache(_can_cache)
+    except RuntimeError:
+        warnings.warn(
+            "no writable folder for compiled CPU kernels: each process compiles them again (some"
+            " seconds). Set NUMBA_CACHE_DIR to a writable folder.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+IS_CACHED = _can_cache()
 
 
 class Kernel:
@@ -68,7 +87,7 @@ class Kernel:
         """As a ctypes function, as an address, and the owner of its code."""
         marker = types.CPointer(_ELEMENT[dtype])
         signature = types.void(marker, _ARGUMENTS, types.int64, types.int64)
-        owner = cfunc(signature, cache=True, **COMPILE_OPTIONS)(self._function)
+        owner = cfunc(signature, cache=IS_CACHED, **COMPILE_OPTIONS)(self._function)
         assert owner.address is not None
         self._compiled[dtype] = _CALL(owner.address), owner.address, owner
         return self._compiled[dtype]
@@ -131,7 +150,7 @@ def _call_range(typingctx, function, arguments, begin, end):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@njit(parallel=True, nogil=True, cache=IS_CACHED)
 def _fan_out(function, arguments, count, threads):
     for thread in prange(threads):
         begin, end = count * thread // threads, count * (thread + 1) // threads

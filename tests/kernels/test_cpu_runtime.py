@@ -87,3 +87,20 @@ assert torch.equal(silu_and_mul(x), silu_and_mul_reference(x))
 print("kernels.cpu" in sys.modules, dispatch.describe_cpu())
 """
     assert run(code, cache).startswith("False torch ops")
+
+
+def test_without_a_folder_to_write_to_kernels_are_compiled_anyway(cache: Path) -> None:
+    code = """
+import warnings
+from numba.core import caching
+def refuse(*arguments):
+    raise RuntimeError("cannot cache function: no locator available")
+caching.FunctionCache.__init__ = refuse
+import torch
+from kernels import rms_norm
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = rms_norm(torch.full((1, 4), 2.0), torch.ones(4), 0.0)
+print(out.tolist(), [str(w.message)[:18] for w in caught])
+"""
+    assert run(code, cache) == "[[1.0, 1.0, 1.0, 1.0]] ['no writable folder']"

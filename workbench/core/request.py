@@ -40,6 +40,8 @@ class Request:
         Tokens whose KV is written and valid.
     num_cached_tokens
         Of those, tokens that came from a prefix cache.
+    stop_ids
+        Ids that end the output: the request's own and, unless ignored, the model's.
     draft_token_ids
         Proposed continuation that the next step will verify; not part of ``num_tokens``.
     extra_keys
@@ -63,11 +65,14 @@ class Request:
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     max_total_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.prompt_token_ids)
         self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
         self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
+        eos = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
+        self.stop_ids = eos | frozenset(self.sampling.stop_token_ids)
 
     @property
     def token_ids(self) -> list[int]:

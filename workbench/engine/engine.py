@@ -178,7 +178,7 @@ class Engine:
             return []
         returned = time.perf_counter()
         updates = parts.scheduler.update_from_output(done.plan, done.result)
-        parts.ledger.observe(parts.scheduler.parts.kv_cache.usage())
+        parts.ledger.observe(parts.scheduler.kv_usage())
         updated = time.perf_counter()
         outputs = [out for update in updates if (out := self._book(update)) is not None]
         self._record(done, updates, began, returned, updated)

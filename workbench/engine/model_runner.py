@@ -65,13 +65,21 @@ class _Inputs:
 
 @dataclass(slots=True)
 class _Steady:
-    """What a batch of single tokens keeps from step to step while the same requests run."""
+    """What a batch of single tokens keeps from step to step while the same requests run.
+
+    The plan of such steps carries the very list of ids of the one before, which is how they are
+    known.
+    """
 
     request_ids: list[str]
+    rows_host: list[int]
+    indices: list[int]
     rows: torch.Tensor
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
-    indices: list[int]
+    positions: torch.Tensor
+    seq_lens: torch.Tensor
+    slots: torch.Tensor
 
 
 class ModelRunner:
@@ -129,47 +137,73 @@ class ModelRunner:
             self.table.add(new)
         for request_id, blocks in plan.new_block_ids.items():
             self.table.append_blocks(self.table.row_of[request_id], blocks)
-        if self._steady is not None and plan.new_block_ids:  # whatever kind of step brought them
-            self._steady.block_table = self.table.block_table[self._steady.rows]
 
     def _gather(self, plan: SchedulerOutput) -> _Inputs:
         """Gather the batch from the table: a few integers go to the device, all else is there."""
+        steady = self._steady
+        if steady is not None and plan.request_ids is steady.request_ids:
+            return self._gather_again(plan, steady)
         rows_host = [self.table.row_of[request_id] for request_id in plan.request_ids]
         if plan.total_num_scheduled_tokens == len(rows_host) and all(plan.samples):
             return self._gather_decode(plan, rows_host)
+        self._steady = None
         return self._gather_mixed(plan, rows_host)
 
     def _gather_decode(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
-        """Every request runs its last token: what only depends on who runs is kept from before."""
+        """Every request runs its last token."""
         table, size = self.table, len(rows_host)
-        if self._steady is None or plan.request_ids != self._steady.request_ids:
-            rows = torch.tensor(rows_host, dtype=torch.int64).to(table.device, non_blocking=True)
-            self._steady = _Steady(
-                request_ids=plan.request_ids,
-                rows=rows,
-                block_table=table.block_table[rows],
-                query_start_loc=self._first_arange(size + 1).to(torch.int32),
-                indices=list(range(size)),
-            )
-        steady, index = self._steady, self._first_arange(size)
-        positions = table.num_computed_tokens[steady.rows]
-        seq_lens = positions + 1
-        input_ids = table.token_ids[steady.rows, positions].long()
-        batch = ForwardBatch(
-            input_ids=input_ids,
+        rows = torch.tensor(rows_host, dtype=torch.int64).to(table.device, non_blocking=True)
+        positions = table.num_computed_tokens[rows]
+        blocks, index = table.block_table[rows], self._first_arange(size)
+        self._steady = _Steady(
+            request_ids=plan.request_ids,
+            rows_host=rows_host,
+            rows=rows,
+            block_table=blocks,
+            query_start_loc=self._first_arange(size + 1).to(torch.int32),
+            indices=list(range(size)),
             positions=positions,
+            seq_lens=(positions + 1).to(torch.int32),
+            slots=self._slots(blocks, index, positions),
+        )
+        return self._decode_inputs(plan, self._steady)
+
+    def _gather_again(self, plan: SchedulerOutput, steady: _Steady) -> _Inputs:
+        """The same requests as in the last step, each one token further: nothing is gathered
+        again but the tokens themselves, and block tables where a request got a block."""
+        steady.positions.add_(1)
+        steady.seq_lens.add_(1)
+        if plan.new_block_ids:
+            steady.block_table = self.table.block_table[steady.rows]
+            index = self._first_arange(len(steady.rows_host))
+            steady.slots = self._slots(steady.block_table, index, steady.positions)
+        else:
+            steady.slots.add_(1)
+        return self._decode_inputs(plan, steady)
+
+    def _decode_inputs(self, plan: SchedulerOutput, steady: _Steady) -> _Inputs:
+        table, size = self.table, len(steady.rows_host)
+        batch = ForwardBatch(
+            input_ids=table.token_ids[steady.rows, steady.positions].long(),
+            positions=steady.positions,
             query_start_loc=steady.query_start_loc,
-            seq_lens=seq_lens.to(torch.int32),
+            seq_lens=steady.seq_lens,
             block_table=steady.block_table,
-            slot_mapping=self._slots(steady.block_table, index, positions),
-            logits_indices=index,
+            slot_mapping=steady.slots,
+            logits_indices=self._first_arange(size),
             rows=steady.rows,
             query_lens_host=plan.num_scheduled_tokens,
-            seq_lens_host=[table.num_tokens[row] for row in rows_host],
+            seq_lens_host=[table.num_tokens[row] for row in steady.rows_host],
             block_size=self.parts.pool.block_size,
         )
         return _Inputs(
-            batch, rows_host, steady.indices, plan.num_draft_tokens, steady.indices, seq_lens, 0
+            batch=batch,
+            rows=steady.rows_host,
+            sampling=steady.indices,
+            num_drafts=plan.num_draft_tokens,
+            first_row=steady.indices,
+            first_new=steady.positions + 1,
+            max_drafts=0,
         )
 
     def _slots(

@@ -17,7 +17,7 @@ from workbench.core.step import (
 )
 from workbench.slots.admission import Admission
 from workbench.slots.component import Component
-from workbench.slots.kv_cache import KVCacheManager
+from workbench.slots.kv_cache import KVCacheManager, KVUsage
 from workbench.slots.policy import Policy
 from workbench.slots.prefill import Prefill
 from workbench.slots.prefix_cache import PrefixCache
@@ -49,7 +49,7 @@ class SchedulerParts:
     max_model_len: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestUpdate:
     """What a step did to one request."""
 
@@ -76,6 +76,21 @@ class _Plan:
         self.requests.append(request)
         self.num_scheduled.append(num_tokens)
         self.num_drafts.append(num_drafts)
+
+
+@dataclass(slots=True)
+class _Steady:
+    """The plan of steps in which every running request runs one token and nothing else changes.
+
+    ``growth`` holds, by step number, the requests whose last block is full by then: a steady step
+    costs the requests that need a block, not the requests that run.
+    """
+
+    request_ids: list[str]
+    ones: list[int]
+    zeros: list[int]
+    samples: list[bool]
+    growth: dict[int, list[Request]]
 
 
 class WaitingQueue:
@@ -144,6 +159,8 @@ class Scheduler(Component):
         self.requests: dict[str, Request] = {}
         self.finished_since_plan: list[str] = []
         self._step = 0
+        self._steady: _Steady | None = None
+        self._num_kv_tokens = 0
         self.reset_counters()
 
     # -- requests -----------------------------------------------------------------------------
@@ -175,6 +192,7 @@ class Scheduler(Component):
             raise RequestError(f"request id {request.request_id!r} is in use already.")
         self.requests[request.request_id] = request
         self.waiting.push(request)
+        self._steady = None
 
     def finish(
         self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None
@@ -194,6 +212,8 @@ class Scheduler(Component):
         request.draft_token_ids = []
         if self.running.pop(request_id, None) is not None:
             self.parts.kv_cache.free(request_id)
+            self._num_kv_tokens -= request.num_computed_tokens
+            self._steady = None
             self.finished_since_plan.append(request_id)
             self._counts["leaves_while_others_run"] += bool(self.running)
         else:
@@ -208,6 +228,8 @@ class Scheduler(Component):
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None where nothing can run."""
+        if self._steady is not None:
+            return self._schedule_steady(self._steady)
         plan = _Plan(self.token_budget)
         num_after = len(self.running)
         for request in self.running.values():
@@ -232,6 +254,61 @@ class Scheduler(Component):
     def _idle_rows(self) -> int:
         """Rows of the batch that are held without being used."""
         return 0
+
+    def _schedule_steady(self, steady: _Steady) -> SchedulerOutput:
+        """Repeat the last step's plan; only requests whose block is full are looked at."""
+        new_block_ids = {}
+        for request in steady.growth.pop(self._step, ()):
+            blocks = self.parts.kv_cache.allocate_slots(
+                request.request_id, request.num_computed_tokens + 1
+            )
+            assert blocks is not None, "admission promised these slots"
+            if blocks:  # drafts that were rejected may have left room
+                new_block_ids[request.request_id] = blocks
+            self._note_growth(steady.growth, request, request.num_computed_tokens + 1)
+        output = SchedulerOutput(
+            step=self._step,
+            request_ids=steady.request_ids,
+            num_scheduled_tokens=steady.ones,
+            num_draft_tokens=steady.zeros,
+            samples=steady.samples,
+            new_requests=[],
+            new_block_ids=new_block_ids,
+            finished_request_ids=[],
+            num_idle_rows=self._idle_rows(),
+        )
+        self._step += 1
+        self._counts["steps"] += 1
+        self._counts["scheduled_tokens"] += len(steady.ones)
+        return output
+
+    def _note_growth(
+        self, growth: dict[int, list[Request]], request: Request, num_tokens: int
+    ) -> None:
+        """Book when a request that holds ``num_tokens`` after this step needs a block."""
+        room = -num_tokens % self.parts.kv_cache.block_size
+        growth.setdefault(self._step + 1 + room, []).append(request)
+
+    def _become_steady(self, plan: _Plan, output: SchedulerOutput) -> None:
+        """Keep this step's plan for the next ones, if all it does is one token a request."""
+        if (
+            output.new_requests
+            or len(plan.requests) != len(self.running)
+            or len(plan.requests) != self.token_budget - plan.budget
+            or any(plan.num_drafts)
+            or not all(output.samples)
+        ):
+            return
+        growth: dict[int, list[Request]] = {}
+        for request in plan.requests:
+            self._note_growth(growth, request, request.num_computed_tokens + 1)
+        self._steady = _Steady(
+            output.request_ids,
+            output.num_scheduled_tokens,
+            output.num_draft_tokens,
+            output.samples,
+            growth,
+        )
 
     def _schedule_running(self, plan: _Plan, request: Request, budget: int) -> None:
         # Drafts are optional: they go before a running request is left out of the step.
@@ -268,6 +345,7 @@ class Scheduler(Component):
         self.waiting.pop()
         parts.prefix_cache.lock(match)
         request.num_computed_tokens = request.num_cached_tokens = match.num_tokens
+        self._num_kv_tokens += match.num_tokens
         blocks = parts.kv_cache.allocate_slots(
             request.request_id, request.num_computed_tokens + num_tokens
         )
@@ -315,6 +393,7 @@ class Scheduler(Component):
             num_cached_tokens=plan.num_cached_tokens,
             num_idle_rows=self._idle_rows(),
         )
+        self._become_steady(plan, output)
         self._step += 1
         return output
 
@@ -326,39 +405,55 @@ class Scheduler(Component):
         """Book a step's tokens, end the requests that are done, and return what changed."""
         updates = []
         get = self.requests.get
-        for i, request_id in enumerate(plan.request_ids):
+        for request_id, num_tokens, num_drafts, samples, tokens, drafts, logprobs in zip(
+            plan.request_ids,
+            plan.num_scheduled_tokens,
+            plan.num_draft_tokens,
+            plan.samples,
+            result.token_ids,
+            result.draft_token_ids,
+            result.logprobs,
+            strict=True,
+        ):
             request = get(request_id)
             if request is None:  # aborted while the step ran
                 continue
-            request.num_computed_tokens += plan.num_scheduled_tokens[i]
-            request.draft_token_ids = []
-            if not plan.samples[i]:
+            if samples:  # rejected drafts leave no valid KV
+                num_tokens -= num_drafts - (len(tokens) - 1)
+            request.num_computed_tokens += num_tokens
+            self._num_kv_tokens += num_tokens
+            if not samples:
+                request.draft_token_ids = []
                 continue
-            tokens = result.token_ids[i]
-            request.num_computed_tokens -= plan.num_draft_tokens[i] - (len(tokens) - 1)
             kept, reason = self._append(request, tokens)
-            updates.append(RequestUpdate(request, tokens[:kept], result.logprobs[i]))
+            updates.append(
+                RequestUpdate(request, tokens if kept == len(tokens) else tokens[:kept], logprobs)
+            )
             if reason is not None:
                 self.finish(request_id, reason)
-            else:
-                room = request.max_total_tokens - request.num_tokens - 1
-                request.draft_token_ids = result.draft_token_ids[i][: max(0, room)]
+                continue
+            room = max(0, request.max_total_tokens - request.num_tokens - 1)
+            request.draft_token_ids = drafts[:room]
+            if drafts:
+                self._steady = None
         return updates
 
     @staticmethod
     def _append(request: Request, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """Append tokens up to the first that ends the request; how many, and why it ended."""
-        sampling = request.sampling
         for kept, token in enumerate(tokens, start=1):
             request.output_token_ids.append(token)
             request.num_tokens += 1
-            if token in sampling.stop_token_ids or (
-                not sampling.ignore_eos and token in request.eos_token_ids
-            ):
+            if token in request.stop_ids:
                 return kept, FinishReason.STOP
             if request.num_tokens >= request.max_total_tokens:
                 return kept, FinishReason.LENGTH
         return len(tokens), None
+
+    def kv_usage(self) -> KVUsage:
+        """Slots of the KV pool now: allocated by the manager, used by computed tokens."""
+        usage = self.parts.kv_cache.usage()
+        return KVUsage(usage.total_tokens, usage.allocated_tokens, self._num_kv_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the scheduler's books contradict each other."""
@@ -367,6 +462,8 @@ class Scheduler(Component):
         for request in self.running.values():
             assert request.status is RequestStatus.RUNNING
             assert request.num_computed_tokens <= request.num_tokens, "computed beyond the known"
+        held = sum(request.num_computed_tokens for request in self.running.values())
+        assert held == self._num_kv_tokens, "KV tokens miscounted"
         self.parts.kv_cache.check_integrity()
         self.parts.prefix_cache.check_integrity()
 
