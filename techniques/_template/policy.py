@@ -32,7 +32,8 @@ class ShortestPromptFirst(Policy):
         super().__init__(config)
         if config.bucket_tokens < 1:
             raise ConfigError(f"policy.bucket_tokens={config.bucket_tokens} must be 1 or more.")
-        self.reset_counters()
+        self._overtakes = 0
+        self._largest = 0
 
     def key(self, request: Request, arrival_index: int) -> int:
         bucket = request.num_prompt_tokens // self.config.bucket_tokens

@@ -63,7 +63,7 @@ def make_case(
     heads: int = 9,
     kv_heads: int = 3,
     dim: int = 64,
-    is_joint: bool = False,
+    is_strided: bool = False,
 ) -> Case:
     seq_lens = [q + c for q, c in zip(query_lens, contexts, strict=True)]
     pages = [-(-length // block_size) for length in seq_lens]
@@ -72,11 +72,10 @@ def make_case(
     # Entries past a request's pages must not be followed: they name a block that does not exist.
     block_table = torch.full((len(pages), max(pages) + 1), num_blocks * 1000, dtype=torch.int32)
     shape = (num_blocks, block_size, kv_heads, dim)
-    if is_joint:
-        pool = torch.full((num_blocks, 2, kv_heads, block_size, dim), float("nan"), dtype=dtype)
-        k_cache, v_cache = pool[:, 0].transpose(1, 2), pool[:, 1].transpose(1, 2)
-    else:
-        k_cache, v_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    if is_strided:  # heads before tokens in one, blocks apart in the other
+        k_cache = k_cache.transpose(1, 2).contiguous().transpose(1, 2)
+        v_cache = torch.stack([v_cache, v_cache], dim=1)[:, 0]
     for row, (count, length) in enumerate(zip(pages, seq_lens, strict=True)):
         for page in range(count):
             block = block_table[row, page] = free.pop()
@@ -120,7 +119,7 @@ def test_masks_and_caps_equal_fp64(
     assert_close(case.run(0.125, **masks), case.reference(0.125, **masks), bound(dtype))
 
 
-@pytest.mark.parametrize("is_joint", [False, True])
+@pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"),
     [(1, 1, 16), (4, 4, 32), (8, 1, 80), (14, 2, 64), (70, 1, 16), (8, 4, 256), (3, 1, 20)],
@@ -129,12 +128,12 @@ def test_head_shapes_and_strided_caches_equal_fp64(
     heads: int,
     kv_heads: int,
     dim: int,
-    is_joint: bool,
+    is_strided: bool,
     dtype: torch.dtype,
     rows: Any,
     assert_close: Any,
 ) -> None:
-    case = make_case(rows, dtype, *MIXED, 16, heads, kv_heads, dim, is_joint)
+    case = make_case(rows, dtype, *MIXED, 16, heads, kv_heads, dim, is_strided)
     assert_close(case.run(dim**-0.5), case.reference(dim**-0.5), bound(dtype))
 
 

@@ -156,14 +156,14 @@ class ModelRunnerOutput:
         Drafts for the next step by request (empty where there are none).
     logprobs
         By request and new token, where asked for.
-    context_lens
-        Tokens of KV that each request had before the step.
+    num_context_tokens
+        Tokens of KV that the step's requests had before it, summed.
     """
 
     token_ids: list[list[int]]
     draft_token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None]
-    context_lens: list[int] = field(default_factory=list)
+    num_context_tokens: int = 0
     num_padded_tokens: int = 0
     graph_mode: str = "eager"
     timings_us: dict[str, float] = field(default_factory=dict)

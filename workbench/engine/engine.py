@@ -170,7 +170,11 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; what it added to which request. Empty where nothing could run."""
+        """Run one step; what it added to which request. Empty where nothing could run.
+
+        A request's output is one object, brought up to date at every step: read what you need of
+        it before the next one.
+        """
         began = time.perf_counter()
         parts = self.parts
         done = parts.loop.step(parts.scheduler, parts.executor)
@@ -201,7 +205,7 @@ class Engine:
             del self._child_of[request.request_id]
             if state.finished:
                 del self._states[state.request_id]
-        return state.output(tuple(new_token_ids))
+        return state.output(new_token_ids)
 
     def _record(
         self,
@@ -234,7 +238,7 @@ class Engine:
                 num_accepted_tokens=sampled - num_sampling,
                 num_output_tokens=num_output,
                 num_idle_rows=plan.num_idle_rows,
-                num_context_tokens=sum(result.context_lens),
+                num_context_tokens=result.num_context_tokens,
                 graph_mode=result.graph_mode,
                 host_us=sum(parts_us.values()) - device_us,
                 device_us=device_us,

@@ -56,6 +56,7 @@ class _Inputs:
 
     batch: ForwardBatch
     rows: list[int]
+    rows_index: np.ndarray  # the same, for the host's books
     sampling: list[int]  # S indices into the batch
     num_drafts: list[int]  # by request of the batch
     first_row: list[int]  # S first rows of logits
@@ -73,6 +74,7 @@ class _Steady:
 
     request_ids: list[str]
     rows_host: list[int]
+    rows_index: np.ndarray
     indices: list[int]
     rows: torch.Tensor
     block_table: torch.Tensor
@@ -119,7 +121,9 @@ class ModelRunner:
             )
         self._advance(inputs, accepted)
         if accepted is not None:
-            tokens = [[t for t in row if t >= 0] for row in accepted.token_ids.tolist()]
+            tokens = accepted.token_ids.tolist()
+            if inputs.max_drafts:
+                tokens = [[t for t in row if t >= 0] for row in tokens]
         clock.lap("sample")
         drafts = self._draft(plan, inputs, tokens, selected)
         clock.lap("draft")
@@ -158,6 +162,7 @@ class ModelRunner:
         self._steady = _Steady(
             request_ids=plan.request_ids,
             rows_host=rows_host,
+            rows_index=np.array(rows_host),
             rows=rows,
             block_table=blocks,
             query_start_loc=self._first_arange(size + 1).to(torch.int32),
@@ -193,12 +198,13 @@ class ModelRunner:
             logits_indices=self._first_arange(size),
             rows=steady.rows,
             query_lens_host=plan.num_scheduled_tokens,
-            seq_lens_host=[table.num_tokens[row] for row in steady.rows_host],
+            seq_lens_host=table.num_tokens[steady.rows_index].tolist(),
             block_size=self.parts.pool.block_size,
         )
         return _Inputs(
             batch=batch,
             rows=steady.rows_host,
+            rows_index=steady.rows_index,
             sampling=steady.indices,
             num_drafts=plan.num_draft_tokens,
             first_row=steady.indices,
@@ -219,9 +225,8 @@ class ModelRunner:
         table = self.table
         query_lens = plan.num_scheduled_tokens
         size, num_tokens = len(rows_host), sum(query_lens)
-        packed = torch.from_numpy(
-            np.array([rows_host, query_lens, plan.num_draft_tokens], dtype=np.int64)
-        ).to(table.device, non_blocking=True)
+        packed_host = np.array([rows_host, query_lens, plan.num_draft_tokens], dtype=np.int64)
+        packed = torch.from_numpy(packed_host).to(table.device, non_blocking=True)
         rows, lens, num_drafts = packed[0], packed[1], packed[2]
         computed = table.num_computed_tokens[rows]
         seq_lens = computed + lens
@@ -241,15 +246,13 @@ class ModelRunner:
             logits_indices=logits_indices,
             rows=rows,
             query_lens_host=query_lens,
-            seq_lens_host=[
-                table.num_computed_host[row] + n
-                for row, n in zip(rows_host, query_lens, strict=True)
-            ],
+            seq_lens_host=(table.num_computed_host[packed_host[0]] + packed_host[1]).tolist(),
             block_size=self.parts.pool.block_size,
         )
         return _Inputs(
             batch=batch,
             rows=rows_host,
+            rows_index=packed_host[0],
             sampling=sampling,
             num_drafts=plan.num_draft_tokens,
             first_row=first_row,
@@ -365,19 +368,19 @@ class ModelRunner:
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
         table, drafter = self.table, self.parts.drafter
-        for i, row in enumerate(inputs.rows):
-            table.num_computed_host[row] = inputs.batch.seq_lens_host[i]
-        rows = [inputs.rows[i] for i in inputs.sampling]
-        for row, new in zip(rows, tokens, strict=True):
-            table.note_tokens(row, new)
-            table.num_computed_host[row] = table.num_tokens[row] - 1
+        index = inputs.rows_index
+        if len(inputs.sampling) != len(inputs.rows):
+            table.num_computed_host[index] = inputs.batch.seq_lens_host
+            index = index[inputs.sampling]
+        table.note_tokens(index, tokens, uniform=inputs.max_drafts == 0)
         if drafter.num_lookahead_tokens == 0:
-            return [[] for _ in rows]
+            return [[] for _ in tokens]
+        rows = index.tolist()
         limits = []
         for row in rows:
             params = table.params[row]
             assert params is not None
-            generated = table.num_tokens[row] - table.num_prompt_tokens[row]
+            generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
         drafts = drafter.propose(
             DraftContext(
@@ -401,25 +404,24 @@ class ModelRunner:
         mode: str,
         clock: _PartClock,
     ) -> ModelRunnerOutput:
-        by_request: list[list[int]] = [[] for _ in plan.request_ids]
-        drafts_by_request: list[list[int]] = [[] for _ in plan.request_ids]
-        logprobs: list[list[TokenLogprobs] | None] = [None] * len(plan.request_ids)
-        for k, i in enumerate(inputs.sampling):
-            by_request[i], drafts_by_request[i] = tokens[k], drafts[k]
-            if accepted is not None and accepted.logprobs is not None:
+        count = len(plan.request_ids)
+        by_request, drafts_by_request = tokens, drafts
+        if len(inputs.sampling) != count:
+            by_request, drafts_by_request = [[] for _ in range(count)], [[] for _ in range(count)]
+            for k, i in enumerate(inputs.sampling):
+                by_request[i], drafts_by_request[i] = tokens[k], drafts[k]
+        logprobs: list[list[TokenLogprobs] | None] = [None] * count
+        if accepted is not None and accepted.logprobs is not None:
+            for k, i in enumerate(inputs.sampling):
                 first = inputs.first_row[k]
                 entries = accepted.logprobs[first : first + len(tokens[k])]
                 logprobs[i] = [e for e in entries if e is not None] or None
+        clock.lap("collect")
         return ModelRunnerOutput(
             token_ids=by_request,
             draft_token_ids=drafts_by_request,
             logprobs=logprobs,
-            context_lens=[
-                length - query
-                for length, query in zip(
-                    inputs.batch.seq_lens_host, inputs.batch.query_lens_host, strict=True
-                )
-            ],
+            num_context_tokens=sum(inputs.batch.seq_lens_host) - inputs.batch.num_tokens,
             graph_mode=mode,
             timings_us=clock.laps,
         )

@@ -77,6 +77,7 @@ class RequestState:
     scan: StopStringScan | None = None
     num_cached_tokens: int = 0
     num_ended: int = 0
+    told: RequestOutput | None = None
 
     @property
     def finished(self) -> bool:
@@ -120,13 +121,15 @@ class RequestState:
             if stopped is not None and (cut := completion.text.find(stopped[1])) >= 0:
                 completion.text = completion.text[:cut]
 
-    def output(self, new_token_ids: tuple[int, ...] = ()) -> RequestOutput:
-        """What the user gets."""
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=self.completions,
-            finished=self.finished,
-            new_token_ids=new_token_ids,
-            num_cached_tokens=self.num_cached_tokens,
-        )
+    def output(self, new_token_ids: list[int]) -> RequestOutput:
+        """What the user gets: one object a request, brought up to date at every step."""
+        if self.told is None:
+            self.told = RequestOutput(
+                request_id=self.request_id,
+                prompt_token_ids=self.prompt_token_ids,
+                outputs=self.completions,
+            )
+        self.told.new_token_ids = tuple(new_token_ids)
+        self.told.finished = self.finished
+        self.told.num_cached_tokens = self.num_cached_tokens
+        return self.told

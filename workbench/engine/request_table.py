@@ -61,8 +61,8 @@ class RequestTable:
         )
         self.params: list[SamplingParams | None] = [None] * rows
         self.num_prompt_tokens = [0] * rows
-        self.num_tokens = [0] * rows
-        self.num_computed_host = [0] * rows
+        self.num_tokens = np.zeros(rows, np.int64)
+        self.num_computed_host = np.zeros(rows, np.int64)
         self.num_blocks = [0] * rows
         self.row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -121,12 +121,17 @@ class RequestTable:
         if drafts:
             self._write_tokens(row, self.num_tokens[row], np.asarray(drafts, np.int32))
 
-    def note_tokens(self, row: int, token_ids: list[int]) -> None:
-        """Bring the host's copy up with tokens that the device wrote itself."""
-        count = self.num_tokens[row]
+    def note_tokens(self, rows: np.ndarray, token_ids: list[list[int]], uniform: bool) -> None:
+        """Bring the host's books up with new tokens that the device wrote itself.
+
+        ``uniform`` says that every row got one token.
+        """
         if not self._shares_memory:
-            self.host_token_ids[row, count : count + len(token_ids)] = token_ids
-        self.num_tokens[row] = count + len(token_ids)
+            for row, new in zip(rows, token_ids, strict=True):
+                first = self.num_tokens[row]
+                self.host_token_ids[row, first : first + len(new)] = new
+        self.num_tokens[rows] += 1 if uniform else [len(new) for new in token_ids]
+        self.num_computed_host[rows] = self.num_tokens[rows] - 1
 
     def known_tokens(self, row: int) -> np.ndarray:
         """Host view of a row's known tokens, int32 ``[n]``; not to be written."""

@@ -403,6 +403,8 @@ class Scheduler(Component):
         self, plan: SchedulerOutput, result: ModelRunnerOutput
     ) -> list[RequestUpdate]:
         """Book a step's tokens, end the requests that are done, and return what changed."""
+        if self._steady is not None and plan.request_ids is self._steady.request_ids:
+            return self._update_steady(self._steady, result)
         updates = []
         get = self.requests.get
         for request_id, num_tokens, num_drafts, samples, tokens, drafts, logprobs in zip(
@@ -436,6 +438,30 @@ class Scheduler(Component):
             request.draft_token_ids = drafts[:room]
             if drafts:
                 self._steady = None
+        return updates
+
+    def _update_steady(self, steady: _Steady, result: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Book one token a request."""
+        updates = []
+        ended = []
+        requests = self.requests
+        self._num_kv_tokens += len(steady.request_ids)
+        for request_id, tokens, logprobs in zip(
+            steady.request_ids, result.token_ids, result.logprobs, strict=True
+        ):
+            request = requests[request_id]
+            request.num_computed_tokens += 1
+            _, reason = self._append(request, tokens)
+            updates.append(RequestUpdate(request, tokens, logprobs))
+            if reason is not None:
+                ended.append((request_id, reason))
+        if any(result.draft_token_ids):
+            self._steady = None
+            for update, drafts in zip(updates, result.draft_token_ids, strict=True):
+                room = update.request.max_total_tokens - update.request.num_tokens - 1
+                update.request.draft_token_ids = drafts[: max(0, room)]
+        for request_id, reason in ended:
+            self.finish(request_id, reason)
         return updates
 
     @staticmethod
