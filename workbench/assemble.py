@@ -24,13 +24,17 @@ from workbench.engine.ledger import Ledger
 from workbench.engine.model_runner import ModelRunner, RunnerParts
 from workbench.engine.request_table import RequestTable
 from workbench.models.decoder import Decoder
+from workbench.models.families import read_config, spec_from_hf
 from workbench.models.loader import load_model
 from workbench.models.source import ModelSource
 from workbench.models.spec import ModelSpec
 from workbench.slots.component import Component
+from workbench.slots.drafter import Drafter
+from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.platform import Platform
 from workbench.slots.scheduler import SchedulerParts
+from workbench.slots.verifier import Verifier
 
 #: Every slot of the engine; ``conf/engine/<slot>/`` holds its options.
 SLOTS = (
@@ -264,6 +268,34 @@ def build_engine(config: EngineConfig) -> Engine:
     )
 
 
+def check_engine(config: EngineConfig) -> None:
+    """Raise what :func:`build_engine` would raise of a configuration, before a model is loaded.
+
+    Builds everything but the model and what holds its KV, and drops it.
+    """
+    builder = _Builder(config.components)
+    for slot in SLOTS:
+        builder.config(slot)
+    platform: Platform = builder.build("platform")
+    _require(platform.unsupported_reasons(), f"platform {platform.name}")
+    dtype = _resolve_dtype(config.dtype, platform)
+    spec = spec_from_hf(read_config(config.source.config))
+    max_model_len = _resolve_model_len(config.limits, spec)
+    _build_speculation(builder)
+    _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
+    _build_scheduler(builder, config.limits, max_model_len)
+
+
+def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
+    drafter, verifier = builder.build("drafter"), builder.build("verifier")
+    if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} proposes drafts, but verifier "
+            f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
+        )
+    return drafter, verifier
+
+
 def _build_runner(
     builder: _Builder,
     config: EngineConfig,
@@ -273,13 +305,15 @@ def _build_runner(
     max_model_len: int,
 ) -> ModelRunner:
     limits = config.limits
-    drafter, verifier = builder.build("drafter"), builder.build("verifier")
-    if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
-        raise ConfigError(
-            f"drafter {type(drafter).__name__} proposes drafts, but verifier "
-            f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
-        )
-    pool = _build_pool(builder, decoder.spec, limits, platform, dtype, max_model_len)
+    drafter, verifier = _build_speculation(builder)
+    kv_cache = _build_kv_cache(builder, decoder.spec, limits, platform, dtype, max_model_len)
+    pool: KVPool = builder.build(
+        "kv_pool",
+        shape=decoder.spec.kv_shape(dtype),
+        num_blocks=kv_cache.num_blocks,
+        block_size=kv_cache.block_size,
+        device=platform.device,
+    )
     attention = builder.build("attention")
     _require(
         attention.unsupported_reasons(decoder.spec.attention_layers, pool),
@@ -306,16 +340,16 @@ def _build_runner(
     )
 
 
-def _build_pool(
+def _build_kv_cache(
     builder: _Builder,
     spec: ModelSpec,
     limits: Limits,
     platform: Platform,
     dtype: torch.dtype,
     max_model_len: int,
-) -> KVPool:
-    shape = spec.kv_shape(dtype)
-    bytes_per_token = builder.cls("kv_pool").bytes_per_token(shape)
+) -> KVCacheManager:
+    """The manager of as many blocks as the limits ask for and the memory holds."""
+    bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
     block_size = builder.cls("kv_cache").choose_block_size(
         builder.config("kv_cache"), max_model_len
     )
@@ -337,15 +371,10 @@ def _build_pool(
             f"but {free / 2**30:.2f} GiB are free. Lower limits.kv_pool_tokens, max_num_seqs or "
             "max_model_len."
         )
-    builder.build("kv_cache", num_blocks=num_blocks, block_size=block_size)
-    pool: KVPool = builder.build(
-        "kv_pool",
-        shape=shape,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        device=platform.device,
+    manager: KVCacheManager = builder.build(
+        "kv_cache", num_blocks=num_blocks, block_size=block_size
     )
-    return pool
+    return manager
 
 
 def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Any:

@@ -134,13 +134,13 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     ConfigError
         An unknown group, option or key, with the valid ones; techniques that cannot run together.
     """
-    overrides = [_as_model(text) for text in overrides]
+    overrides = [_as_model(_as_override(text)) for text in overrides]
     _check_technique_names(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="workbench"):
             cfg = compose("config", list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _translate(error, overrides) from error
     choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
     techniques = parse_markers(OmegaConf.to_container(cfg.techniques, resolve=True))
@@ -202,6 +202,13 @@ def _check_technique_names(overrides: Sequence[str]) -> None:
         )
 
 
+def _as_override(text: str) -> str:
+    """Let ``+`` add groups only: a key that is added to a node would be read by nobody."""
+    key = text.lstrip("+").partition("=")[0]
+    is_group = (CONF_DIR / key.partition("@")[0]).is_dir()
+    return text if is_group or not key else text.lstrip("+")
+
+
 def _as_model(text: str) -> str:
     """Take ``model=<name or path>`` that is no option of the group as the model's name."""
     key, _, value = text.partition("=")
@@ -213,13 +220,15 @@ def _as_model(text: str) -> str:
 def _check_clashes(composed: Composed) -> None:
     filled: dict[str, str] = {}
     for marker in composed.techniques.values():
-        for slot, option in marker.slots.items():
+        for slot in marker.slots:
             if slot in filled:
                 raise ConfigError(
                     f"techniques {filled[slot]!r} and {marker.name!r} both fill slot {slot!r}: "
                     "take one of them out of +technique=[...]."
                 )
             filled[slot] = marker.name
+    for marker in composed.techniques.values():
+        for slot, option in marker.slots.items():
             chosen = composed.choices.get(f"engine/{slot}")
             if chosen != option:
                 raise ConfigError(
@@ -255,14 +264,21 @@ def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if key:
         name = key[1]
         parent, _, last = name.replace("/", ".").rpartition(".")
-        return unknown_name("key" + (f" of {parent}" if parent else ""), last, _keys_of(parent))
-    return ConfigError(" ".join(text.split()))
+        return unknown_name(
+            "key" + (f" of {parent}" if parent else ""), last, _keys_of(parent, overrides)
+        )
+    return ConfigError(f"{' '.join(text.split())} (in: {' '.join(overrides)})")
 
 
-def _keys_of(parent: str) -> list[str]:
-    """Valid keys below a node of the plain configuration, and the groups at the top."""
+def _keys_of(parent: str, overrides: Sequence[str]) -> list[str]:
+    """Valid keys below a node, with the groups that were chosen, and the groups at the top."""
+    names = [text.lstrip("+").partition("=")[0].partition("@")[0] for text in overrides]
+    groups = [t for t, name in zip(overrides, names, strict=True) if (CONF_DIR / name).is_dir()]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("config")
+        try:
+            cfg = compose("config", groups)
+        except (HydraException, OmegaConfBaseException):
+            cfg = compose("config")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     keys = [str(k) for k in node] if isinstance(node, DictConfig) else []
     return keys if parent else [*keys, "preset", "experiment", "technique"]

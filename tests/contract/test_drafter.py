@@ -1,4 +1,4 @@
-"""Contract of slot ``drafter``: limits, valid ids, memory by request; look-ups against brute force."""
+"""Contract of slot ``drafter``: limits, valid ids, memory by request; against brute force."""
 
 from __future__ import annotations
 

@@ -150,9 +150,7 @@ def make_batch(
     total = sum(queries)
     nothing = torch.zeros(total, dtype=torch.int64)
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
-    positions = torch.cat(
-        [torch.arange(n - q, n) for n, q in zip(lengths, queries, strict=True)]
-    )
+    positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lengths, queries, strict=True)])
     return ForwardBatch(
         input_ids=nothing,
         positions=positions,

@@ -191,9 +191,7 @@ def test_neighbouring_seeds_and_positions_are_independent(option: str) -> None:
 
 @every_sampler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_is_the_argmax_and_ties_go_to_the_lowest_id(
-    option: str, dtype: torch.dtype
-) -> None:
+def test_greedy_is_the_argmax_and_ties_go_to_the_lowest_id(option: str, dtype: torch.dtype) -> None:
     sampler = component("sampler", option)
     logits = random_logits(16).to(dtype)
     logits[3] = 0.0
@@ -229,7 +227,11 @@ def test_seed_fixes_the_draw_whatever_the_batch(option: str) -> None:
     positions = [3 * i for i in range(24)]
     together = sampler.sample(logits.clone(), metadata(params, positions)).token_ids.tolist()
     alone = [
-        int(sampler.sample(logits[i : i + 1].clone(), metadata([params[i]], [positions[i]])).token_ids)
+        int(
+            sampler.sample(
+                logits[i : i + 1].clone(), metadata([params[i]], [positions[i]])
+            ).token_ids
+        )
         for i in range(24)
     ]
     order = list(reversed(range(24)))

@@ -1,4 +1,4 @@
-"""Contract of slot ``scheduler`` with every ``prefill`` and ``kv_cache``: random traffic, no model."""
+"""Contract of slot ``scheduler`` with every ``prefill`` and ``kv_cache``: traffic, no model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ combinations = pytest.mark.parametrize(
 )
 
 
-def choice(scheduler: str, prefill: str, kv_cache: str, admission: str, budget: int = BUDGET) -> Choice:
+def choice(
+    scheduler: str, prefill: str, kv_cache: str, admission: str, budget: int = BUDGET
+) -> Choice:
     return Choice(
         scheduler=scheduler,
         prefill=prefill,
@@ -172,7 +174,9 @@ def test_aborting_everything_at_any_moment_leaves_nothing(
     scheduler: str, prefill: str, kv_cache: str, admission: str
 ) -> None:
     for moment in range(12):
-        traffic = Traffic(make_scheduler(choice(scheduler, prefill, kv_cache, admission)), moment, 3)
+        traffic = Traffic(
+            make_scheduler(choice(scheduler, prefill, kv_cache, admission)), moment, 3
+        )
         for _ in range(8):
             traffic.arrive()
         for _ in range(moment):

@@ -1,4 +1,4 @@
-"""Contracts of the small slots: policy, admission, eviction, prefill, prefix cache, loop, executor."""
+"""Contracts of policy, admission, eviction, prefill, prefix cache, loop and executor."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class TestPolicy:
             assert queue.remove(name) is not None
             assert queue.remove(name) is None
         order = sorted(range(len(requests)), key=lambda i: (policy.key(requests[i], i), i))
-        expected = [
-            requests[i].request_id for i in order if requests[i].request_id not in gone
-        ]
+        expected = [requests[i].request_id for i in order if requests[i].request_id not in gone]
         popped = []
         while len(queue):
             shown = queue.peek()

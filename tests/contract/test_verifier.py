@@ -121,9 +121,7 @@ def test_exact_verification_equals_brute_force(option: str, temperature: float, 
     accepted = case.verify(verifier)
     assert tokens_of(accepted) == case.brute_force()
     assert accepted.logprobs is not None
-    for first, params, kept in zip(
-        case.first_rows, case.params, tokens_of(accepted), strict=True
-    ):
+    for first, params, kept in zip(case.first_rows, case.params, tokens_of(accepted), strict=True):
         entries = accepted.logprobs[first : first + len(kept)]
         if params.logprobs is None:
             assert entries == [None] * len(kept)

@@ -1,7 +1,7 @@
 """Tiny engines, assembled as the command line assembles them: compose, resolve, build.
 
-    engine = tiny_engine(techniques=["spec_decode"])              # a fresh one
-    engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session, idle
+engine = tiny_engine(techniques=["spec_decode"])              # a fresh one
+engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session, idle
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def node_of(slot: str, option: str) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
-def component(slot: str, option: str, *, settings: dict[str, Any] | None = None, **runtime: Any) -> Any:
+def component(
+    slot: str, option: str, *, settings: dict[str, Any] | None = None, **runtime: Any
+) -> Any:
     """Build one component as the assembly does: class, checked config, runtime objects."""
     node = {**node_of(slot, option), **(settings or {})}
     cls = load_class(node.pop("_target_"))

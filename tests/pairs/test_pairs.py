@@ -1,4 +1,4 @@
-"""Every technique, every pair and all at once: the tokens are those of the bare engine and of HF."""
+"""Every technique, every pair and all at once: the bare engine's tokens, and HF's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file of ``conf/technique``, ``conf/experiment`` and ``conf/preset`` composes, builds and runs.
+"""Every technique, experiment and preset of ``conf`` composes, builds and runs.
 
 Through the command's own path (plan, variants, backend), on a tiny random model on the CPU.
 """

@@ -1,4 +1,4 @@
-"""Aborts, interrupts and faults: whatever happens, what was held is free and the engine serves on."""
+"""Aborts, interrupts and faults: what was held is free again, and the engine serves on."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def greedy(prompt: list[int], count: int = 12) -> list[int]:
     return hf_greedy(tiny_model("llama"), prompt, count)
 
 
-# -- prompts ----------------------------------------------------------------------------------------
+# -- prompts --------------------------------------------------------------------------------------
 
 
 def test_text_ids_and_messages_say_the_same(engine: Engine) -> None:
@@ -119,7 +119,7 @@ def test_default_sampling_is_greedy(engine: Engine) -> None:
     assert expected[: len(output.token_ids)] == output.token_ids
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[Any, SamplingParams, str]] = {
     "empty ids": ([], GREEDY, "empty"),
@@ -220,7 +220,7 @@ def test_generated_ids_do_not_meet_the_caller_s(engine: Engine) -> None:
         engine.abort(name)
 
 
-# -- ends -------------------------------------------------------------------------------------------
+# -- ends -----------------------------------------------------------------------------------------
 
 
 def test_stop_ids_end_the_output_and_are_kept(engine: Engine) -> None:
@@ -255,7 +255,7 @@ def test_max_tokens(engine: Engine, max_tokens: int) -> None:
     ]
 
 
-# -- sampling ---------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------
 
 
 def test_greedy_completions_of_one_prompt_are_equal_and_drawn_ones_differ(engine: Engine) -> None:
@@ -349,9 +349,7 @@ def test_logprobs_equal_hf_s_at_every_position_drafts_or_not(
 ) -> None:
     prompts = mixed_prompts(6)
     params = [
-        SamplingParams(
-            max_tokens=10, logprobs=k, temperature=temperature, seed=3, ignore_eos=True
-        )
+        SamplingParams(max_tokens=10, logprobs=k, temperature=temperature, seed=3, ignore_eos=True)
         for k in (None, 0, 1, 4, None, 2)
     ]
     for output, p in zip(engine.generate(prompts, params), params, strict=True):
@@ -373,7 +371,7 @@ def test_logprobs_equal_hf_s_at_every_position_drafts_or_not(
                 assert entry.top[0][0] == entry.token_id
 
 
-# -- what happened ----------------------------------------------------------------------------------
+# -- what happened --------------------------------------------------------------------------------
 
 
 def test_step_records_add_up(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from workbench.assemble import DTYPES, Limits, load_class
@@ -240,12 +240,16 @@ def _settings(cfg: DictConfig, dtype: str) -> BenchSettings:
     if epsilon == "auto":
         epsilon = 0.0 if dtype == "float32" else LOW_PRECISION_EPSILON
     rounds_for = {} if bench.baseline_rounds is None else {"baseline": int(bench.baseline_rounds)}
-    return BenchSettings(
-        rounds=int(bench.rounds),
-        rounds_for=rounds_for,
-        warmup=bench.warmup,
-        epsilon=float(epsilon),
-        timeout_s=bench.timeout_s,
-        residency=bench.residency,
-        seed=int(cfg.seed),
-    )
+    try:
+        return BenchSettings(
+            rounds=int(bench.rounds),
+            rounds_for=rounds_for,
+            warmup=bench.warmup,
+            epsilon=float(epsilon),
+            timeout_s=bench.timeout_s,
+            residency=bench.residency,
+            seed=int(cfg.seed),
+        )
+    except (ValueError, TypeError) as error:
+        given = OmegaConf.to_yaml(bench).strip().replace("\n", ", ")
+        raise ConfigError(f"bench: {error} Given: {given}.") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from workbench.assemble import EngineConfig, Limits, build_engine, load_class
+from workbench.assemble import EngineConfig, Limits, build_engine, check_engine, load_class
 from workbench.bench.run import Variant
 from workbench.configuration import (
     Composed,
@@ -130,6 +130,7 @@ def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Va
         rows.append((base_name, plan.treatment))
     for index, (name, composed) in enumerate(rows):
         config = _same_but_components(plan, composed, limits, progress)
+        check_engine(config)  # a wrong command is told before the baselines take their time
         classes = [m.losslessness for m in composed.techniques.values()]
         weakest = next((c for c in ("lossy", "distributional") if c in classes), "exact")
         variants.append(

@@ -175,10 +175,12 @@ class ModelRunner:
 
     def _gather_again(self, plan: SchedulerOutput, steady: _Steady) -> _Inputs:
         """The same requests as in the last step, each one token further: nothing is gathered
-        again but the tokens themselves, and block tables where a request got a block."""
+        again but the tokens themselves, and block tables where a request enters a block."""
         steady.positions.add_(1)
         steady.seq_lens.add_(1)
-        if plan.new_block_ids:
+        block_size = self.parts.pool.block_size
+        if not (self.table.num_computed_host[steady.rows_index] % block_size).all():
+            # A token opens a block; the next slot is not beside the last one.
             steady.block_table = self.table.block_table[steady.rows]
             index = self._first_arange(len(steady.rows_host))
             steady.slots = self._slots(steady.block_table, index, steady.positions)
