@@ -38,11 +38,18 @@ class Case:
 
 
 _FIXED = "+experiment=cpu_throughput"
+
+
+def _rungs(*more: str) -> str:
+    """The best static batch, and the rung that could beat it at this load."""
+    return f"baselines=[{','.join([*more, 'hf_static_batch_best'])}]"
+
+
 CASES = (
-    Case("batch 1", (_FIXED, "workload.num_requests=2", "load=closed"), 1.6),
-    Case("batch 8", (_FIXED, "workload.num_requests=8"), 1.8),
-    Case("batch 32", (_FIXED, "workload.num_requests=32"), 2.2),
-    Case("32 mixed lengths", (_FIXED, "workload=mixed", "workload.num_requests=32"), 2.5),
+    Case("batch 1", (_FIXED, "workload.num_requests=2", "load=closed", _rungs("hf_naive")), 1.6),
+    Case("batch 8", (_FIXED, "workload.num_requests=8", _rungs()), 1.8),
+    Case("32 mixed lengths", (_FIXED, "workload=mixed", _rungs("hf_continuous_batching")), 2.5),
+    Case("batch 32", (_FIXED, "workload.num_requests=32", _rungs()), 2.2),
 )
 
 
