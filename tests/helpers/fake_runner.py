@@ -110,7 +110,7 @@ class FakeRunner:
                 self.num_drafts[name] = len(drafts[i])
         owners = [b for name in plan.request_ids for b in self.blocks[name]]
         assert len(set(owners)) == len(owners), "two running requests share a block"
-        return ModelRunnerOutput(tokens, drafts, [None] * len(tokens), contexts)
+        return ModelRunnerOutput(tokens, drafts, [None] * len(tokens), sum(contexts))
 
     def _apply(self, plan: SchedulerOutput) -> None:
         for name in plan.finished_request_ids:

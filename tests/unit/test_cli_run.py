@@ -198,7 +198,7 @@ def test_every_technique_at_once_through_the_preset(
     assert treated["verdict"] == "exact"
 
 
-# -- other commands --------------------------------------------------------------------------------
+# -- other commands -------------------------------------------------------------------------------
 
 
 def test_list_shows_every_technique(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +251,7 @@ def test_report_draws_recorded_runs_again(
     assert Path(document_of(capsys)["figure"]).is_file()
 
 
-# -- as a process ----------------------------------------------------------------------------------
+# -- as a process ---------------------------------------------------------------------------------
 
 
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:

@@ -51,7 +51,10 @@ from workbench.models.random_weights import save_random_checkpoint
 from workbench.models.source import ModelSource
 
 #: Margin in logits under which bf16 and fp16 may break a tie another way than the reference.
-LOW_PRECISION_EPSILON = 0.25
+#: SmolLM2's bf16 logits lie up to 0.65 from its fp32 ones, in Transformers as here, so two correct
+#: bf16 runs can differ by about twice that; Transformers' own batched rungs differ from its
+#: batch of one by margins of 0.5 (the FAILED rows of results/amd-epyc_2c_2026-11-22.jsonl).
+LOW_PRECISION_EPSILON = 1.0
 MAX_AUTO_SEQS = 32
 
 
