@@ -1,6 +1,6 @@
-"""Random arrivals, aborts and lulls on real (tiny) engines: every request still gets its own tokens.
+"""Random arrivals, aborts and lulls on real tiny engines: every request gets its own tokens.
 
-What is kept from step to step (rows, block tables, positions) must survive every change of who runs.
+What is kept from step to step (rows, block tables, positions) must survive any change of who runs.
 """
 
 from __future__ import annotations
