@@ -134,7 +134,7 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     ConfigError
         An unknown group, option or key, with the valid ones; techniques that cannot run together.
     """
-    overrides = [_as_model(_as_override(text)) for text in overrides]
+    overrides = [as_model_name(_as_override(text)) for text in overrides]
     _check_technique_names(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -209,10 +209,10 @@ def _as_override(text: str) -> str:
     return text if is_group or not key else text.lstrip("+")
 
 
-def _as_model(text: str) -> str:
+def as_model_name(text: str) -> str:
     """Take ``model=<name or path>`` that is no option of the group as the model's name."""
     key, _, value = text.partition("=")
-    if key == "model" and value not in options_of("model"):
+    if key == "model" and "," not in value and value not in options_of("model"):
         return f"model.name='{value}'"
     return text
 

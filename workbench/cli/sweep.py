@@ -16,13 +16,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from workbench.cli.run import run_command
-from workbench.configuration import CONF_DIR
-from workbench.core.errors import ConfigError
+from workbench.configuration import CONF_DIR, as_model_name
+from workbench.core.errors import ConfigError, WorkbenchError
 
 
 def _job(_: DictConfig) -> int:
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    status = run_command([str(text) for text in overrides])
+    try:
+        status = run_command([str(text) for text in overrides])
+    except WorkbenchError as error:  # the other jobs go on
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     _STATUSES.append(status)
     return status
 
@@ -39,11 +43,11 @@ def sweep_command(arguments: Sequence[str]) -> int:
         )
     _STATUSES.clear()
     before = sys.argv
-    sys.argv = ["workbench", *arguments]
+    sys.argv = ["workbench", *map(as_model_name, arguments)]
     try:
         hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
-    except SystemExit as error:  # Hydra has printed what was wrong
-        return int(error.code) if isinstance(error.code, int) else 2
+    except SystemExit:  # Hydra has printed what was wrong with the command
+        return 2
     finally:
         sys.argv = before
     return max(_STATUSES, default=2)
