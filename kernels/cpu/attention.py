@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.launch import float_argument, int_arguments, kernel
+from kernels.cpu.launch import float_argument, int_arguments, kernel, report_fault
 from kernels.cpu.pointers import (
     advance,
     exp,
@@ -73,7 +73,7 @@ def paged_attend(
     """See :func:`kernels.attention.paged_attend`; ``D`` is a multiple of 16."""
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
-    num_requests = block_table.shape[0]
+    num_requests, num_pages = block_table.shape
     window = sliding_window or 0
     q0, q1, q_dense = q.stride()
     k0, k1, k2, k_dense = k_cache.stride()
@@ -99,7 +99,9 @@ def paged_attend(
     )
     lengths = (query_start_loc.data_ptr(), seq_lens.data_ptr())
     counts = (num_requests, num_kv_heads, group, tile_queries, window, min_tasks)
-    _plan(torch.float32, 1, False, summary, table, *lengths, *counts)
+    pages = (block_table.data_ptr(), block_table.stride(0), block_size)
+    limits = (num_tokens, num_pages, k_cache.shape[0])
+    _plan(torch.float32, 1, False, summary, table, *lengths, *counts, *pages, *limits)
     num_tasks, num_parts, work = _SUMMARY.unpack_from(_local.summary)
 
     out = q.new_empty(num_tokens, num_heads, head_dim)
@@ -108,7 +110,6 @@ def paged_attend(
     sizes = (head_dim, group, rows, num_tasks, table, parts, part_size)
     queries = (q.data_ptr(), q0, q1)
     caches = (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
-    pages = (block_table.data_ptr(), block_table.stride(0), block_size)
     rest = (window, offsets, scratch, per_thread, scale, soft_cap or 0.0)
     count = threads if is_parallel else 1
     _attend(q.dtype, count, is_parallel, *sizes, *output, *queries, *caches, *pages, *rest)
@@ -144,22 +145,27 @@ def _workspace(*sizes: int) -> list[int]:
     return addresses
 
 
-@kernel(ints=10)
+@kernel(
+    ints=16,
+    fault="a request has more queries than there are, more tokens than its row of the block table"
+    " has room for, or a block that the cache does not have",
+)
 def _plan(marker, arguments, begin, end):
     """Fill the table of tasks behind its first entry, the counter from which threads draw.
 
     Writes the number of tasks, of partial results and of (row, key) pairs to ``summary``.
     """
-    values = int_arguments(arguments, 10)
+    values = int_arguments(arguments, 16)
     summary, table, starts, lengths = values[:4]
-    num_requests, num_kv_heads, group, tile_queries, window, min_tasks = values[4:]
+    num_requests, num_kv_heads, group, tile_queries, window, min_tasks = values[4:10]
     summary, table = int64_pointer(summary), int64_pointer(table)
     starts, lengths = int32_pointer(starts), int32_pointer(lengths)
     store_int(table, 0, 0)
-    num_unsplit = 0
-    for request in range(num_requests):
-        num_queries = load_int(starts, request + 1) - load_int(starts, request)
-        num_unsplit += (num_queries + tile_queries - 1) // tile_queries * num_kv_heads
+    num_tiles = _count_tiles(starts, lengths, num_requests, tile_queries, window, values[10:])
+    if num_tiles < 0:
+        report_fault(arguments)
+        return
+    num_unsplit = num_tiles * num_kv_heads
     max_parts = 1
     if 0 < num_unsplit < min_tasks:
         max_parts = (min_tasks + num_unsplit - 1) // num_unsplit
@@ -194,6 +200,34 @@ def _plan(marker, arguments, begin, end):
     store_int(summary, 0, num_tasks)
     store_int(summary, 1, num_parts)
     store_int(summary, 2, work)
+
+
+@helper
+def _count_tiles(starts, lengths, num_requests, tile_queries, window, pages):
+    """Number of tiles of all requests; -1 if one of them refers to what does not exist."""
+    blocks, block_stride, block_size, num_tokens, num_pages, num_blocks = pages
+    num_tiles = 0
+    for request in range(num_requests):
+        start, stop = load_int(starts, request), load_int(starts, request + 1)
+        length = load_int(lengths, request)
+        first_position = length - (stop - start)
+        if start > stop or stop > num_tokens or (request == 0 and start != 0):
+            return -1
+        if start == stop:
+            continue
+        if first_position < 0 or length > num_pages * block_size:
+            return -1
+        row = advance(int32_pointer(blocks), request * block_stride)
+        # Blocks that lie before the first query's window may have been given away.
+        first_page = max(0, first_position + 1 - window) // block_size if window else 0
+        num_bad = 0
+        for page in range(first_page, (length - 1) // block_size + 1):
+            block = load_int(row, page)
+            num_bad += block < 0 or block >= num_blocks
+        if num_bad:
+            return -1
+        num_tiles += (stop - start + tile_queries - 1) // tile_queries
+    return num_tiles
 
 
 @kernel(ints=28, floats=2)

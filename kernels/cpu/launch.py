@@ -63,25 +63,34 @@ IS_CACHED = _can_cache()
 class Kernel:
     """A compiled function over a range; made by :func:`kernel`."""
 
-    def __init__(self, function: Callable[..., None], layout: str) -> None:
+    def __init__(self, function: Callable[..., None], ints: int, floats: int, fault: str) -> None:
         self._function = function
-        self._pack_into = struct.Struct(layout).pack_into
+        self._fault = fault
+        self._pack_into = struct.Struct(f"q{ints}q{floats}d").pack_into
         self._compiled: dict[torch.dtype, _Compiled] = {}
 
     def __call__(
         self, dtype: torch.dtype, count: int, is_parallel: bool, *arguments: float
     ) -> None:
-        """Do ``0 .. count - 1``, on torch's threads if ``is_parallel`` and there are any."""
+        """Do ``0 .. count - 1``, on torch's threads if ``is_parallel`` and there are any.
+
+        Raises
+        ------
+        IndexError
+            If the kernel called :func:`report_fault`: an index among its data was out of range.
+        """
         compiled = self._compiled.get(dtype) or self._compile(dtype)
         try:
-            buffer, address = _local.arguments
+            buffer, address, has_fault = _local.arguments
         except AttributeError:
-            buffer, address = _new_buffer()
-        self._pack_into(buffer, 0, *arguments)
+            buffer, address, has_fault = _new_buffer()
+        self._pack_into(buffer, 0, 0, *arguments)
         if is_parallel and (threads := num_threads()) > 1:
             _fan_out(compiled[1], address, count, threads)
         else:
             compiled[0](None, address, 0, count)
+        if has_fault.value:
+            raise IndexError(self._fault)
 
     def _compile(self, dtype: torch.dtype) -> _Compiled:
         """As a ctypes function, as an address, and the owner of its code."""
@@ -93,19 +102,23 @@ class Kernel:
         return self._compiled[dtype]
 
 
-def kernel(ints: int, floats: int = 0) -> Callable[[Callable[..., None]], Kernel]:
+def kernel(ints: int, floats: int = 0, fault: str = "") -> Callable[[Callable[..., None]], Kernel]:
     """Decorate ``function(marker, arguments, begin, end)`` of so many ints and then floats.
 
     Inside, ``int_arguments(arguments, ints)`` and ``float_argument(arguments, index)`` read them.
+    ``fault`` is the message of the error that ``report_fault(arguments)`` leads to.
     """
-    assert ints + floats <= _MAX_ARGUMENTS
-    return lambda function: Kernel(function, f"{ints}q{floats}d")
+    assert ints + floats < _MAX_ARGUMENTS
+    return lambda function: Kernel(function, ints, floats, fault)
 
 
-def _new_buffer() -> tuple[object, int]:
-    """This thread's buffer for arguments, so that two engines in one process do not share it."""
+def _new_buffer() -> tuple[Any, int, c_int64]:
+    """This thread's buffer: whether there was a fault, then the arguments.
+
+    It is the thread's own, so that two engines in one process do not share it.
+    """
     buffer = create_string_buffer(8 * _MAX_ARGUMENTS)
-    _local.arguments = buffer, addressof(buffer)
+    _local.arguments = buffer, addressof(buffer), c_int64.from_buffer(buffer)
     return _local.arguments
 
 
@@ -117,8 +130,8 @@ def int_arguments(typingctx, arguments, count):
     def codegen(context, builder, signature, args):
         integer = ir.IntType(64)
         base = builder.bitcast(args[0], integer.as_pointer())
-        pointers = (builder.gep(base, [ir.Constant(integer, i)]) for i in range(number))
-        values = [builder.load(p) for p in pointers]
+        places = (ir.Constant(integer, 1 + i) for i in range(number))
+        values = [builder.load(builder.gep(base, [place])) for place in places]
         return context.make_tuple(builder, signature.return_type, values)
 
     return types.UniTuple(types.int64, number)(arguments, count), codegen
@@ -130,9 +143,22 @@ def float_argument(typingctx, arguments, index):
 
     def codegen(context, builder, signature, args):
         base = builder.bitcast(args[0], ir.DoubleType().as_pointer())
-        return builder.fptrunc(builder.load(builder.gep(base, [args[1]])), ir.FloatType())
+        place = builder.add(args[1], ir.Constant(ir.IntType(64), 1))
+        return builder.fptrunc(builder.load(builder.gep(base, [place])), ir.FloatType())
 
     return types.float32(arguments, types.int64), codegen
+
+
+@intrinsic
+def report_fault(typingctx, arguments):
+    """Have the call raise ``IndexError`` when the kernel is done."""
+
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        builder.store(ir.Constant(integer, 1), builder.bitcast(args[0], integer.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(arguments), codegen
 
 
 @intrinsic

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.launch import float_argument, int_arguments, kernel
+from kernels.cpu.launch import float_argument, int_arguments, kernel, report_fault
 from kernels.cpu.norm import normalize
 from kernels.cpu.pointers import (
     advance,
@@ -56,6 +56,7 @@ def apply_rope_and_write_kv(
         row_stride,
         positions.data_ptr(),
         cos_sin.data_ptr(),
+        cos_sin.shape[0],
         rotary_dim,
         num_heads,
         num_kv_heads,
@@ -105,19 +106,22 @@ def _cache_arguments(
     num_kv_heads: int,
     head_dim: int,
 ) -> tuple[int, ...]:
-    """Slots, block size, and the address and strides of each cache; zeros for no writing."""
+    """Slots, numbers of slots and of slots a block, and each cache's address and strides.
+
+    Zeros where nothing is to be written.
+    """
     if slot_mapping is None:
-        return (0, 1) + (0,) * 8
+        return (0, 0, 1) + (0,) * 8
     assert k_cache is not None and v_cache is not None
     assert k_cache.dtype == v_cache.dtype == like.dtype and slot_mapping.dtype is torch.int64
     assert slot_mapping.shape[0] == like.shape[0] and slot_mapping.is_contiguous()
-    _, block_size, kv_heads, dim = k_cache.shape
+    num_blocks, block_size, kv_heads, dim = k_cache.shape
     assert kv_heads == num_kv_heads and dim == head_dim and v_cache.shape == k_cache.shape
     k0, k1, k2, k3 = k_cache.stride()
     v0, v1, v2, v3 = v_cache.stride()
     assert k3 == v3 == 1
     caches = (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
-    return (slot_mapping.data_ptr(), block_size, *caches)
+    return (slot_mapping.data_ptr(), num_blocks * block_size, block_size, *caches)
 
 
 @helper
@@ -146,39 +150,47 @@ def _write_heads(marker, source, head_stride, num_kv_heads, head_dim, slot, bloc
             store(to, j, load(head, j))
 
 
-@kernel(ints=20, floats=2)
+@kernel(
+    ints=22,
+    floats=2,
+    fault="a position is past the rows of cos_sin, or a slot past the end of the cache",
+)
 def _rope(marker, arguments, begin, end):
-    values = int_arguments(arguments, 20)
-    qkv, row_stride, positions, cos_sin, rotary_dim, num_heads, num_kv_heads, head_dim = values[:8]
-    q_norm, k_norm, slots, block_size = values[8:12]
-    k_cache, v_cache = values[12:16], values[16:20]
-    eps, offset = float_argument(arguments, 20), float_argument(arguments, 21)
+    values = int_arguments(arguments, 22)
+    qkv, row_stride, positions, cos_sin, num_positions, rotary_dim = values[:6]
+    num_heads, num_kv_heads, head_dim, q_norm, k_norm = values[6:11]
+    slots, num_slots, block_size = values[11:14]
+    k_cache, v_cache = values[14:18], values[18:22]
+    eps, offset = float_argument(arguments, 22), float_argument(arguments, 23)
+    half = rotary_dim // 2
     for token in range(begin, end):
+        position = load_int(int64_pointer(positions), token)
+        slot = load_int(int64_pointer(slots), token) if slots != 0 else -1
+        if position < 0 or position >= num_positions or (slots != 0 and slot >= num_slots):
+            report_fault(arguments)
+            continue
+        cos = advance(float_pointer(cos_sin), position * rotary_dim)
         q = advance(pointer(qkv, marker), token * row_stride)
         k = advance(q, num_heads * head_dim)
         v = advance(k, num_kv_heads * head_dim)
-        cos = advance(
-            float_pointer(cos_sin), load_int(int64_pointer(positions), token) * rotary_dim
-        )
-        half = rotary_dim // 2
         _rotate_heads(marker, q, num_heads, head_dim, q_norm, eps, offset, cos, half)
         _rotate_heads(marker, k, num_kv_heads, head_dim, k_norm, eps, offset, cos, half)
-        if slots != 0:
-            slot = load_int(int64_pointer(slots), token)
-            if slot >= 0:
-                _write_heads(marker, k, head_dim, num_kv_heads, head_dim, slot, block_size, k_cache)
-                _write_heads(marker, v, head_dim, num_kv_heads, head_dim, slot, block_size, v_cache)
+        if slot >= 0:
+            _write_heads(marker, k, head_dim, num_kv_heads, head_dim, slot, block_size, k_cache)
+            _write_heads(marker, v, head_dim, num_kv_heads, head_dim, slot, block_size, v_cache)
 
 
-@kernel(ints=18)
+@kernel(ints=19, fault="a slot is past the end of the cache")
 def _write_kv(marker, arguments, begin, end):
-    values = int_arguments(arguments, 18)
+    values = int_arguments(arguments, 19)
     k, k_stride, k_head_stride, v, v_stride, v_head_stride, num_kv_heads, head_dim = values[:8]
-    slots, block_size = values[8], values[9]
-    k_cache, v_cache = values[10:14], values[14:18]
+    slots, num_slots, block_size = values[8:11]
+    k_cache, v_cache = values[11:15], values[15:19]
     for token in range(begin, end):
         slot = load_int(int64_pointer(slots), token)
-        if slot >= 0:
+        if slot >= num_slots:
+            report_fault(arguments)
+        elif slot >= 0:
             row = advance(pointer(k, marker), token * k_stride)
             _write_heads(
                 marker, row, k_head_stride, num_kv_heads, head_dim, slot, block_size, k_cache

@@ -220,3 +220,31 @@ def test_senseless_masks_are_refused(name: str, value: float, rows: Any) -> None
     case = make_case(rows, torch.float32, [1], [3], 16)
     with pytest.raises(ValueError, match=name):
         case.run(0.125, **{name: value})
+
+
+@pytest.mark.parametrize("wrong", ["block", "negative block", "length", "queries", "starts"])
+def test_an_index_out_of_range_is_refused(wrong: str, dtype: torch.dtype, rows: Any) -> None:
+    case = make_case(rows, dtype, [1, 3], [20, 30], 16)
+    starts, lengths = case.lengths
+    if wrong == "block":
+        case.block_table[1, 1] = len(case.k_cache)
+    elif wrong == "negative block":
+        case.block_table[0, 0] = -1
+    elif wrong == "length":
+        lengths[1] = case.block_table.shape[1] * 16 + 1
+    elif wrong == "queries":
+        lengths[1] = 2
+    else:
+        starts[2] += 1
+    arguments = (case.q, case.k_cache, case.v_cache, case.block_table, starts, lengths, 0.125)
+    with pytest.raises(IndexError, match="request"):
+        paged_attend(*arguments)
+
+
+def test_blocks_before_the_window_need_not_exist(
+    dtype: torch.dtype, rows: Any, assert_close: Any
+) -> None:
+    case = make_case(rows, dtype, [1, 3], [100, 70], 16)
+    truth = case.reference(0.125, sliding_window=20)
+    case.block_table[0, :5] = case.block_table[1, :3] = -1
+    assert_close(case.run(0.125, sliding_window=20), truth, bound(dtype))

@@ -142,3 +142,24 @@ def test_write_kv_copies_exactly(is_joint: bool, dtype: torch.dtype, rows: Any) 
     assert torch.equal(k_cache[slots // 3, slots % 3], k)
     assert torch.equal(v_cache[slots // 3, slots % 3], v)
     assert (~k_cache.isnan()).sum() == k.numel()
+
+
+@pytest.mark.parametrize(("position", "slot"), [(MAX_POSITION, 0), (-1, 0), (0, 8)])
+def test_an_index_out_of_range_is_refused(
+    position: int, slot: int, dtype: torch.dtype, rows: Any
+) -> None:
+    k_cache, v_cache = caches(4, 2, 1, 16, dtype, False)
+    qkv, good = rows(2, 4 * 16, dtype=dtype), torch.tensor([1, 2])
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+
+    def run(positions: Tensor, slots: Tensor) -> None:
+        caches_and_slots = (slots, k_cache, v_cache)
+        apply_rope_and_write_kv(qkv, positions, angles(16), *caches_and_slots, **sizes)
+
+    with pytest.raises(IndexError, match="position"):
+        run(torch.tensor([0, position]), torch.tensor([1, slot]))
+    run(good, good)  # the next call is not blamed
+    if slot:
+        with pytest.raises(IndexError, match="slot"):
+            heads = qkv.view(2, 4, 16)
+            write_kv(heads[:, 2:3], heads[:, 3:], torch.tensor([1, slot]), k_cache, v_cache)
