@@ -55,6 +55,7 @@ SLOTS = (
     "eviction",
     "prefill",
     "prefix_cache",
+    "kv_offload",
     "scheduler",
     "loop",
 )
@@ -241,7 +242,7 @@ def build_engine(config: EngineConfig) -> Engine:
     probe.trim()
     max_model_len = _resolve_model_len(config.limits, decoder.spec)
     runner = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
-    scheduler = _build_scheduler(builder, config.limits, max_model_len)
+    scheduler = _build_scheduler(builder, config.limits, max_model_len, _block_bytes(runner))
     probe.trim()
     ledger = Ledger(
         probe,
@@ -282,8 +283,10 @@ def check_engine(config: EngineConfig) -> None:
     spec = spec_from_hf(read_config(config.source.config))
     max_model_len = _resolve_model_len(config.limits, spec)
     _build_speculation(builder)
-    _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
-    _build_scheduler(builder, config.limits, max_model_len)
+    kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
+    bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
+    block_bytes = kv_cache.block_size * bytes_per_token
+    _build_scheduler(builder, config.limits, max_model_len, block_bytes)
 
 
 def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
@@ -377,11 +380,22 @@ def _build_kv_cache(
     return manager
 
 
-def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Any:
-    builder.build("eviction")
+def _block_bytes(runner: ModelRunner) -> int:
+    pool = runner.parts.pool
+    return pool.num_bytes // (pool.num_blocks + 1)
+
+
+def _build_scheduler(
+    builder: _Builder, limits: Limits, max_model_len: int, block_bytes: int
+) -> Any:
+    kv_cache: KVCacheManager = builder.built["kv_cache"]  # type: ignore[assignment]
+    eviction = builder.build("eviction")
     parts = SchedulerParts(
-        kv_cache=builder.built["kv_cache"],  # type: ignore[arg-type]
-        prefix_cache=builder.build("prefix_cache"),
+        kv_cache=kv_cache,
+        prefix_cache=builder.build(
+            "prefix_cache", block_size=kv_cache.block_size, eviction=eviction
+        ),
+        offload=builder.build("kv_offload", bytes_per_block=block_bytes),
         policy=builder.build("policy"),
         admission=builder.build("admission"),
         prefill=builder.build("prefill"),

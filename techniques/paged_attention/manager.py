@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from workbench.core.errors import ConfigError
-from workbench.slots.kv_cache import KVCacheManager, KVUsage
+from workbench.slots.kv_cache import KVCacheManager, KVUsage, Reclaimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +24,38 @@ class PagedConfig:
 
 @dataclass(slots=True)
 class _Holding:
+    """A request's blocks in order; those in ``shared`` belong to the prefix cache."""
+
     blocks: list[int]
     num_tokens: int
     promised_blocks: int
+    shared: set[int] = field(default_factory=set)
+
+
+class _NothingToReclaim:
+    """Stands where there is no prefix cache."""
+
+    num_blocks = 0
+    num_evictable = 0
+
+    def evict(self, num_blocks: int) -> list[int]:
+        return []
+
+    def block_ids(self) -> list[int]:
+        return []
 
 
 class Paged(KVCacheManager):
     """Hands out blocks lazily, while keeping every promise made at admission.
 
-    A promise is a number, not blocks: ``free blocks >= sum of promises not yet called in`` holds
-    always, so growth within a promise cannot fail and nothing sits allocated ahead of its use.
+    A block is free, a request's own, or the prefix cache's. A promise is a number, not blocks:
+    ``free + evictable >= sum of promises not yet called in`` holds always, so growth within a
+    promise cannot fail and nothing sits allocated ahead of its use.
     """
 
     Config = PagedConfig
     config: PagedConfig
+    can_share_blocks = True
 
     def __init__(self, config: PagedConfig, *, num_blocks: int, block_size: int) -> None:
         super().__init__(config)
@@ -45,7 +64,9 @@ class Paged(KVCacheManager):
         self._free = list(range(num_blocks - 1, -1, -1))
         self._held: dict[str, _Holding] = {}
         self._outstanding = 0  # promised blocks that are not allocated yet
-        self._used_tokens = 0
+        self._used_tokens = 0  # tokens in blocks that requests own
+        self._reclaimer: Reclaimer = _NothingToReclaim()
+        self._on_evicted: Callable[[list[int]], None] | None = None
         self._blocks_allocated = 0
 
     @classmethod
@@ -55,18 +76,34 @@ class Paged(KVCacheManager):
             raise ConfigError(f"kv_cache.block_size={config.block_size} must be 1 or more.")
         return config.block_size
 
+    def attach(
+        self, reclaimer: Reclaimer, on_evicted: Callable[[list[int]], None] | None = None
+    ) -> None:
+        self._reclaimer, self._on_evicted = reclaimer, on_evicted
+
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def _available(self) -> int:
+        """Blocks that are neither used nor promised; negative after a lock on cached ones, until
+        the request that locked them is refused."""
+        return len(self._free) + self._reclaimer.num_evictable - self._outstanding
 
     def fits(self, num_tokens: int) -> bool:
         return self._blocks(num_tokens) <= self.num_blocks
 
-    def admit(self, request_id: str, reserve_tokens: int) -> bool:
-        promised = self._blocks(reserve_tokens)
-        if promised > len(self._free) - self._outstanding:
+    def admit(
+        self, request_id: str, reserve_tokens: int, cached_blocks: Sequence[int] = ()
+    ) -> bool:
+        num_cached = len(cached_blocks)
+        promised = max(self._blocks(reserve_tokens), num_cached)
+        if promised - num_cached > self._available():
             return False
-        self._held[request_id] = _Holding([], 0, promised)
-        self._outstanding += promised
+        num_tokens = num_cached * self.block_size
+        held = _Holding(list(cached_blocks), num_tokens, promised, set(cached_blocks))
+        self._held[request_id] = held
+        self._outstanding += promised - num_cached
+        self.num_shared_tokens += num_tokens
         return True
 
     def allocate_slots(self, request_id: str, num_tokens: int) -> list[int] | None:
@@ -76,8 +113,10 @@ class Paged(KVCacheManager):
         missing = self._blocks(num_tokens) - len(held.blocks)
         if missing > 0:
             beyond = max(0, len(held.blocks) + missing - held.promised_blocks)
-            if beyond > len(self._free) - self._outstanding:
+            if beyond > self._available():
                 return None
+            if missing > len(self._free):
+                self._reclaim(missing - len(self._free))
             self._outstanding -= missing - beyond
             held.promised_blocks += beyond
             added = [self._free.pop() for _ in range(missing)]
@@ -89,32 +128,62 @@ class Paged(KVCacheManager):
         held.num_tokens = num_tokens
         return added
 
+    def _reclaim(self, num_blocks: int) -> None:
+        evicted = self._reclaimer.evict(num_blocks)
+        if self._on_evicted is not None:
+            self._on_evicted(evicted)
+        self._free.extend(evicted)
+
+    def hand_over(self, request_id: str, block_ids: list[int]) -> None:
+        held = self._held[request_id]
+        held.shared.update(block_ids)
+        num_tokens = len(block_ids) * self.block_size
+        self._used_tokens -= num_tokens
+        self.num_shared_tokens += num_tokens
+
     def free(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
         if held is None:
             return
-        self._free.extend(reversed(held.blocks))
+        if held.shared:
+            self._free.extend(b for b in reversed(held.blocks) if b not in held.shared)
+        else:
+            self._free.extend(reversed(held.blocks))
+        shared_tokens = len(held.shared) * self.block_size
         self._outstanding -= held.promised_blocks - len(held.blocks)
-        self._used_tokens -= held.num_tokens
+        self._used_tokens -= held.num_tokens - shared_tokens
+        self.num_shared_tokens -= shared_tokens
+
+    def block_ids(self, request_id: str) -> list[int]:
+        return self._held[request_id].blocks
 
     def usage(self) -> KVUsage:
+        cache = self._reclaimer
+        in_use = self.num_blocks - len(self._free) - cache.num_evictable
+        locked = cache.num_blocks - cache.num_evictable
         return KVUsage(
             total_tokens=self.num_blocks * self.block_size,
-            allocated_tokens=(self.num_blocks - len(self._free)) * self.block_size,
-            used_tokens=self._used_tokens,
+            allocated_tokens=in_use * self.block_size,
+            used_tokens=self._used_tokens + locked * self.block_size,
         )
 
     def check_integrity(self) -> None:
-        owned = [block for held in self._held.values() for block in held.blocks]
-        assert len(self._free) + len(owned) == self.num_blocks, "blocks lost or made up"
-        assert set(self._free).isdisjoint(owned), "a block is free and owned"
-        assert len(set(owned)) == len(owned), "a block has two owners"
-        promised = sum(h.promised_blocks - len(h.blocks) for h in self._held.values())
+        holdings = self._held.values()
+        owned = [block for held in holdings for block in held.blocks if block not in held.shared]
+        cached = self._reclaimer.block_ids()
+        everything = [*self._free, *owned, *cached]
+        assert len(everything) == self.num_blocks, "blocks lost or made up"
+        assert len(set(everything)) == len(everything), "a block has two owners"
+        promised = sum(h.promised_blocks - len(h.blocks) for h in holdings)
         assert promised == self._outstanding, "promises miscounted"
-        assert self._outstanding <= len(self._free), "more promised than free"
-        for held in self._held.values():
+        assert self._available() >= 0, "more promised than free"
+        for held in holdings:
             assert len(held.blocks) == self._blocks(held.num_tokens), "blocks held without tokens"
-        assert self._used_tokens == sum(h.num_tokens for h in self._held.values())
+            assert held.shared <= set(held.blocks), "a block is shared that is not held"
+            assert held.shared <= set(cached), "a request reads a block that was given up"
+        shared = sum(len(h.shared) for h in holdings) * self.block_size
+        assert shared == self.num_shared_tokens, "shared tokens miscounted"
+        assert self._used_tokens == sum(h.num_tokens for h in holdings) - shared
 
     def counters(self) -> dict[str, float]:
         return {"blocks_allocated": self._blocks_allocated}

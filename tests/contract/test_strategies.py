@@ -1,4 +1,4 @@
-"""Contracts of policy, admission, eviction, prefill, prefix cache, loop and executor."""
+"""Contracts of policy, admission, eviction, prefill, loop and executor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workbench.configuration import options_of
 from workbench.core.request import FinishReason, Request
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
 from workbench.slots.executor import InProcess
-from workbench.slots.scheduler import WaitingQueue
+from workbench.slots.policy import WaitingQueue
 
 
 def some_requests(count: int = 12) -> list[Request]:
@@ -134,31 +134,6 @@ def test_whole_prompt_never_splits_and_chunked_fills_the_budget() -> None:
     assert [chunked.num_tokens(n, 10, e) for n in (9, 11) for e in (False, True)] == [9, 9, 10, 10]
     with pytest.raises(ValueError, match="chunk_tokens"):
         component("prefill", "chunked", settings={"chunk_tokens": 0})
-
-
-@pytest.mark.parametrize("option", options_of("engine/prefix_cache"))
-class TestPrefixCache:
-    def test_unknown_prompt_matches_nothing(self, option: str) -> None:
-        cache = component("prefix_cache", option)
-        match = cache.match(make_request("r", prompt_len=40))
-        assert match.num_tokens == 0
-        assert match.block_ids == ()
-        cache.check_integrity()
-
-    def test_match_leaves_a_token_to_run_and_locks_hold(self, option: str) -> None:
-        cache = component("prefix_cache", option)
-        request = make_request("r", prompt_len=40)
-        request.num_computed_tokens = 40
-        cache.insert(request, [0, 1, 2])
-        cache.check_integrity()
-        match = cache.match(make_request("again", prompt_len=40))
-        assert match.num_tokens < 40
-        cache.lock(match)
-        assert set(cache.evict(10)).isdisjoint(match.block_ids)
-        cache.unlock(match)
-        cache.check_integrity()
-        cache.evict(10)
-        assert cache.match(make_request("third", prompt_len=40)).num_tokens == 0
 
 
 @pytest.mark.parametrize("option", options_of("engine/loop"))

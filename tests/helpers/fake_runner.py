@@ -12,7 +12,8 @@ from workbench.assemble import build_config, load_class
 from workbench.core.request import Request
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
-from workbench.slots.scheduler import RequestUpdate, Scheduler, SchedulerParts
+from workbench.slots.scheduler import Scheduler, SchedulerParts
+from workbench.slots.step_plan import RequestUpdate
 
 EOS = 2
 
@@ -36,6 +37,8 @@ class Choice:
     policy: str = "fcfs"
     admission: str = "reserve_full"
     prefix_cache: str = "none"
+    eviction: str = "none"
+    kv_offload: str = "none"
     max_num_seqs: int = 4
     max_model_len: int = 32
     pool_tokens: int = 96
@@ -56,7 +59,8 @@ def make_scheduler(choice: Choice) -> Scheduler:
         kv_cache=build(
             "kv_cache", num_blocks=choice.pool_tokens // block_size, block_size=block_size
         ),
-        prefix_cache=build("prefix_cache"),
+        prefix_cache=build("prefix_cache", block_size=block_size, eviction=build("eviction")),
+        offload=build("kv_offload", bytes_per_block=1),
         policy=build("policy"),
         admission=build("admission"),
         prefill=build("prefill"),

@@ -48,8 +48,8 @@ def test_a_row_is_filled_whole() -> None:
     assert table.block_table[row, :2].tolist() == [3, 1]
     assert int(table.seeds[row]) == 7
     assert table.num_prompt_tokens[row] == 2
-    table.append_blocks(row, [])
-    table.append_blocks(row, [0])
+    table.append_blocks({"r": []})
+    table.append_blocks({"r": [0]})
     assert table.block_table[row, :3].tolist() == [3, 1, 0]
 
 
@@ -84,7 +84,7 @@ def test_a_reused_row_forgets_the_one_before() -> None:
     assert table.add(new_request("b", [9], block_ids=[4])) == row
     assert table.known_tokens(row).tolist() == [9]
     assert int(table.num_computed_tokens[row]) == 0
-    table.append_blocks(row, [0])
+    table.append_blocks({"b": [0]})
     assert table.block_table[row, :2].tolist() == [4, 0]
 
 

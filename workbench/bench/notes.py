@@ -90,9 +90,11 @@ def _host(record: Record) -> list[str]:
     prefix = "us_per_step."
     split = {k.removeprefix(prefix): v for k, v in counters.items() if k.startswith(prefix)}
     largest = sorted(split.items(), key=lambda item: -item[1])[:_MAX_PARTS]
-    text = f"host {counters['host_us_per_step']:.0f} µs a step (mean)"
+    text = f"host {counters['host_us_per_step']:.0f} µs a step"
+    if "host_us_median_step" in counters:
+        text += f", median {counters['host_us_median_step']:.0f}"
     if largest:
-        text += ": " + ", ".join(f"{name} {value:.0f}" for name, value in largest)
+        text += "; mean of parts: " + ", ".join(f"{name} {value:.0f}" for name, value in largest)
     return [text]
 
 

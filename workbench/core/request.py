@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from workbench.core.sampling import SamplingParams
 
@@ -39,13 +40,19 @@ class Request:
     num_computed_tokens
         Tokens whose KV is written and valid.
     num_cached_tokens
-        Of those, tokens that came from a prefix cache.
+        Of those, tokens that came from a prefix cache when the request first started.
     stop_ids
         Ids that end the output: the request's own and, unless ignored, the model's.
     draft_token_ids
         Proposed continuation that the next step will verify; not part of ``num_tokens``.
     extra_keys
         What beside token ids a cached prefix depends on (adapter id, image hash, tenant salt).
+    prefix_key
+        What the prefix cache computed of the prompt when the request arrived; nobody else reads it.
+    num_matched_tokens
+        Tokens found in the prefix cache when a policy last asked, for those that order by it.
+    arrival_index
+        Place in the order of arrival, kept through pre-emptions; -1 before the request is queued.
     """
 
     request_id: str
@@ -60,6 +67,9 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    prefix_key: Any = None
+    num_matched_tokens: int = 0
+    arrival_index: int = -1
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0

@@ -1,7 +1,12 @@
-"""What one engine step is made of: the plan, the batch, the result, the record."""
+"""What one engine step is made of: the plan, the batch, the result, the record.
+
+What is built anew at every step is not frozen, since building a frozen dataclass costs three times
+as much; it is not to be changed all the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +40,7 @@ class NewRequest:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SchedulerOutput:
     """The plan of one step. Plain data, so that an executor may send it elsewhere.
 
@@ -54,6 +59,9 @@ class SchedulerOutput:
         Requests whose row can be freed before this step runs.
     num_idle_rows
         Rows that a finished member of a static batch holds without using (padding waste).
+    copies_out, copies_in
+        Blocks of KV to copy before this step runs: (device block, host block) first, then
+        (host block, device block).
     """
 
     step: int
@@ -66,6 +74,8 @@ class SchedulerOutput:
     finished_request_ids: list[str]
     num_cached_tokens: int = 0
     num_idle_rows: int = 0
+    copies_out: Sequence[tuple[int, int]] = ()
+    copies_in: Sequence[tuple[int, int]] = ()
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -143,7 +153,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ModelRunnerOutput:
     """What one step produced, in the order of ``SchedulerOutput.request_ids``.
 
@@ -169,7 +179,7 @@ class ModelRunnerOutput:
     timings_us: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     """One row a step: counts first, times beside them.
 

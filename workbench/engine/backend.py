@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -106,6 +107,7 @@ class EngineBackend:
         counters["step.steps"] = len(steps)
         if steps:
             counters["host_us_per_step"] = sum(s.host_us for s in steps) / len(steps)
+            counters["host_us_median_step"] = statistics.median(s.host_us for s in steps)
             counters["device_us_per_step"] = sum(s.device_us for s in steps) / len(steps)
             for part in sorted({part for s in steps for part in s.parts_us}):
                 total = sum(s.parts_us.get(part, 0.0) for s in steps)

@@ -22,7 +22,8 @@ from workbench.engine.output import RequestState, StopStringScan, Tokenizer
 from workbench.slots.component import Component
 from workbench.slots.executor import Executor
 from workbench.slots.loop import FinishedStep, Loop
-from workbench.slots.scheduler import RequestUpdate, Scheduler
+from workbench.slots.scheduler import Scheduler
+from workbench.slots.step_plan import RequestUpdate
 
 #: A prompt: text, token ids, or chat messages (``[{"role": ..., "content": ...}]``).
 Prompt: TypeAlias = str | Sequence[int] | Sequence[dict[str, str]]
@@ -92,7 +93,7 @@ class Engine:
             request_id=request_id,
             prompt_token_ids=token_ids,
             child_ids=children,
-            completions=[CompletionOutput(index=k, token_ids=[]) for k in range(sampling.n)],
+            completions=[],
             scan=StopStringScan(sampling.stop, self.tokenizer)
             if sampling.stop and self.tokenizer
             else None,
@@ -109,15 +110,16 @@ class Engine:
         base = sampling.seed if sampling.seed is not None else next(self._seeds)
         for k, child in enumerate(state.child_ids):
             self._child_of[child] = (state, k)
-            self.parts.scheduler.add(
-                Request(
-                    request_id=child,
-                    prompt_token_ids=state.prompt_token_ids,
-                    sampling=dataclasses.replace(sampling, seed=_child_seed(base, k)),
-                    eos_token_ids=self.parts.eos_token_ids,
-                    arrival_s=time.perf_counter(),
-                )
+            request = Request(
+                request_id=child,
+                prompt_token_ids=state.prompt_token_ids,
+                sampling=dataclasses.replace(sampling, seed=_child_seed(base, k)),
+                eos_token_ids=self.parts.eos_token_ids,
+                arrival_s=time.perf_counter(),
             )
+            # The user's view and the scheduler's book of a completion are one list.
+            state.completions.append(CompletionOutput(k, request.output_token_ids))
+            self.parts.scheduler.add(request)
 
     def _new_id(self) -> str:
         """An id that no request has, not even one that the caller named."""
@@ -195,7 +197,9 @@ class Engine:
             return None
         state, index = entry
         new_token_ids = update.new_token_ids
-        stopped = state.append(index, new_token_ids, update.logprobs)
+        stopped = None
+        if state.scan is not None or update.logprobs:
+            stopped = state.look(index, new_token_ids, update.logprobs)
         if stopped is not None:
             num_before = len(state.completions[index].token_ids) - len(new_token_ids)
             new_token_ids = new_token_ids[: stopped[0] - num_before]
@@ -221,10 +225,10 @@ class Engine:
         parts_us["schedule"] = max(0.0, (returned - began) * 1e6 - sum(parts_us.values()))
         parts_us["update"] = (updated - returned) * 1e6
         parts_us["output"] = (time.perf_counter() - updated) * 1e6
-        num_output = sum(len(u.new_token_ids) for u in updates)
+        num_output = sum([len(u.new_token_ids) for u in updates])
         num_tokens = plan.total_num_scheduled_tokens
         num_drafts = sum(plan.num_draft_tokens)
-        sampled = sum(len(t) for t in result.token_ids)
+        sampled = sum(map(len, result.token_ids))
         num_sampling = sum(plan.samples)
         self.steps.append(
             StepRecord(

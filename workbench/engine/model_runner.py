@@ -64,6 +64,15 @@ class _Inputs:
     max_drafts: int
 
 
+@dataclass(frozen=True, slots=True)
+class _HostViews:
+    """numpy's call costs a fifth of torch's, which counts for a few integers."""
+
+    walk: np.ndarray
+    seq_lens: np.ndarray
+    block_table: np.ndarray
+
+
 @dataclass(slots=True)
 class _Steady:
     """What a batch of single tokens keeps from step to step while the same requests run.
@@ -73,15 +82,19 @@ class _Steady:
     """
 
     request_ids: list[str]
-    rows_host: list[int]
-    rows_index: np.ndarray
-    indices: list[int]
-    rows: torch.Tensor
-    block_table: torch.Tensor
-    query_start_loc: torch.Tensor
-    positions: torch.Tensor
-    seq_lens: torch.Tensor
-    slots: torch.Tensor
+    #: The last step's, brought up to date in place.
+    inputs: _Inputs
+    no_drafts: list[list[int]]
+    no_logprobs: list[list[TokenLogprobs] | None]
+    #: ``[3, B]`` int64: position of the token, its slot, and the column of the token after it.
+    walk: torch.Tensor
+    #: Which requests enter a block, by steps modulo the block size.
+    crossings: dict[int, list[int]]
+    #: Views of the same memory, where the device's is the host's.
+    views: _HostViews | None
+    age: int = 0
+    #: Steps that the table's host books do not know of yet.
+    num_unbooked: int = 0
 
 
 class ModelRunner:
@@ -92,10 +105,18 @@ class ModelRunner:
         self.table = parts.table
         self._arange = torch.arange(self.table.token_ids.shape[0], device=self.table.device)
         self._steady: _Steady | None = None
+        self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
-    @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step of the plan."""
+        try:
+            with self._inference:
+                return self._execute(plan)
+        except BaseException:
+            self._leave_steady()  # it may stand between two steps
+            raise
+
+    def _execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         clock = _PartClock()
         parts = self.parts
         self._apply_changes(plan)
@@ -133,86 +154,127 @@ class ModelRunner:
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
         if plan.new_requests or plan.finished_request_ids:
-            self._steady = None  # an id may have come back with another row
+            self._leave_steady()  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
             self.parts.drafter.finish(request_id)
         for new in plan.new_requests:
             self.table.add(new)
-        for request_id, blocks in plan.new_block_ids.items():
-            self.table.append_blocks(self.table.row_of[request_id], blocks)
+        if plan.new_block_ids:
+            self.table.append_blocks(plan.new_block_ids)
 
     def _gather(self, plan: SchedulerOutput) -> _Inputs:
         """Gather the batch from the table: a few integers go to the device, all else is there."""
         steady = self._steady
         if steady is not None and plan.request_ids is steady.request_ids:
-            return self._gather_again(plan, steady)
+            return self._gather_again(steady)
         rows_host = [self.table.row_of[request_id] for request_id in plan.request_ids]
         if plan.total_num_scheduled_tokens == len(rows_host) and all(plan.samples):
             return self._gather_decode(plan, rows_host)
-        self._steady = None
+        self._leave_steady()
         return self._gather_mixed(plan, rows_host)
+
+    def _leave_steady(self) -> None:
+        """Forget what was kept between steps, after booking what it still owes the table."""
+        if self._steady is not None:
+            self._settle(self._steady)
+            self._steady = None
+
+    def _settle(self, steady: _Steady) -> None:
+        """Bring the table's host books up with the steps that ran without them."""
+        if steady.num_unbooked:
+            rows = steady.inputs.rows_index
+            self.table.num_tokens[rows] += steady.num_unbooked
+            self.table.num_computed_host[rows] += steady.num_unbooked
+            steady.num_unbooked = 0
 
     def _gather_decode(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
         """Every request runs its last token."""
+        self._leave_steady()
         table, size = self.table, len(rows_host)
         rows = torch.tensor(rows_host, dtype=torch.int64).to(table.device, non_blocking=True)
+        rows_index = np.array(rows_host)
+        computed = table.num_computed_host[rows_index]
         positions = table.num_computed_tokens[rows]
         blocks, index = table.block_table[rows], self._first_arange(size)
-        self._steady = _Steady(
-            request_ids=plan.request_ids,
-            rows_host=rows_host,
-            rows_index=np.array(rows_host),
-            rows=rows,
-            block_table=blocks,
-            query_start_loc=self._first_arange(size + 1).to(torch.int32),
-            indices=list(range(size)),
-            positions=positions,
-            seq_lens=(positions + 1).to(torch.int32),
-            slots=self._slots(blocks, index, positions),
-        )
-        return self._decode_inputs(plan, self._steady)
-
-    def _gather_again(self, plan: SchedulerOutput, steady: _Steady) -> _Inputs:
-        """The same requests as in the last step, each one token further: nothing is gathered
-        again but the tokens themselves, and block tables where a request enters a block."""
-        steady.positions.add_(1)
-        steady.seq_lens.add_(1)
-        block_size = self.parts.pool.block_size
-        if not (self.table.num_computed_host[steady.rows_index] % block_size).all():
-            # A token opens a block; the next slot is not beside the last one.
-            steady.block_table = self.table.block_table[steady.rows]
-            index = self._first_arange(len(steady.rows_host))
-            steady.slots = self._slots(steady.block_table, index, steady.positions)
-        else:
-            steady.slots.add_(1)
-        return self._decode_inputs(plan, steady)
-
-    def _decode_inputs(self, plan: SchedulerOutput, steady: _Steady) -> _Inputs:
-        table, size = self.table, len(steady.rows_host)
+        slots = self._slots(blocks, index, positions)
+        walk, seq_lens = torch.stack([positions, slots, positions + 1]), positions.int() + 1
+        positions, slots, first_new = walk.unbind()
         batch = ForwardBatch(
-            input_ids=table.token_ids[steady.rows, steady.positions].long(),
-            positions=steady.positions,
-            query_start_loc=steady.query_start_loc,
-            seq_lens=steady.seq_lens,
-            block_table=steady.block_table,
-            slot_mapping=steady.slots,
-            logits_indices=self._first_arange(size),
-            rows=steady.rows,
+            input_ids=table.token_ids[rows, positions].long(),
+            positions=positions,
+            query_start_loc=self._first_arange(size + 1).to(torch.int32),
+            seq_lens=seq_lens,
+            block_table=blocks,
+            slot_mapping=slots,
+            logits_indices=index,
+            rows=rows,
             query_lens_host=plan.num_scheduled_tokens,
-            seq_lens_host=table.num_tokens[steady.rows_index].tolist(),
+            seq_lens_host=(computed + 1).tolist(),
             block_size=self.parts.pool.block_size,
         )
-        return _Inputs(
+        indices = list(range(size))
+        inputs = _Inputs(
             batch=batch,
-            rows=steady.rows_host,
-            rows_index=steady.rows_index,
-            sampling=steady.indices,
+            rows=rows_host,
+            rows_index=rows_index,
+            sampling=indices,
             num_drafts=plan.num_draft_tokens,
-            first_row=steady.indices,
-            first_new=steady.positions + 1,
+            first_row=indices,
+            first_new=first_new,
             max_drafts=0,
         )
+        crossings: dict[int, list[int]] = {}
+        for i, phase in enumerate((-computed % batch.block_size).tolist()):
+            crossings.setdefault(phase, []).append(i)
+        views = None
+        if table.device.type == "cpu":
+            views = _HostViews(walk.numpy(), seq_lens.numpy(), blocks.numpy())
+        self._steady = _Steady(
+            request_ids=plan.request_ids,
+            inputs=inputs,
+            no_drafts=[[] for _ in rows_host],
+            no_logprobs=[None] * size,
+            walk=walk,
+            crossings=crossings,
+            views=views,
+        )
+        return inputs
+
+    def _gather_again(self, steady: _Steady) -> _Inputs:
+        """The same requests as in the last step, each one token further: nothing is gathered
+        again, and the last step's tokens are this one's inputs (see :meth:`_advance`)."""
+        batch, views = steady.inputs.batch, steady.views
+        if views is not None:
+            np.add(views.walk, 1, out=views.walk)
+            np.add(views.seq_lens, 1, out=views.seq_lens)
+        else:
+            steady.walk.add_(1)
+            batch.seq_lens.add_(1)
+        batch.seq_lens_host = [length + 1 for length in batch.seq_lens_host]
+        steady.age += 1
+        crossing = steady.crossings.get(steady.age % batch.block_size)
+        if crossing is not None:
+            self._enter_blocks(steady, crossing)
+        return steady.inputs
+
+    def _enter_blocks(self, steady: _Steady, members: list[int]) -> None:
+        """The next token of these requests opens a block; its slot is not beside the last one."""
+        inputs, batch = steady.inputs, steady.inputs.batch
+        block_size, host = batch.block_size, self.table.host_block_table
+        columns = [(batch.seq_lens_host[i] - 1) // block_size for i in members]
+        blocks = [
+            int(host[inputs.rows[i], column]) for i, column in zip(members, columns, strict=True)
+        ]
+        if steady.views is not None:
+            for i, column, block in zip(members, columns, blocks, strict=True):
+                steady.views.walk[1, i] = block * block_size
+                steady.views.block_table[i, column] = block
+            return
+        packed = torch.tensor([members, columns, blocks])
+        member, column, block = packed.to(self.table.device, non_blocking=True)
+        steady.walk[1, member] = block * block_size
+        batch.block_table[member, column] = block.int()
 
     def _slots(
         self, block_table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor
@@ -353,7 +415,10 @@ class ModelRunner:
         rows = batch.rows if isinstance(selected, slice) else batch.rows[selected]
         ids = accepted.token_ids
         if ids.shape[1] == 1:
-            table.token_ids[rows, inputs.first_new] = ids[:, 0].to(torch.int32)
+            new = ids[:, 0]
+            if self._steady is not None:
+                self._steady.inputs.batch.input_ids = new
+            table.token_ids[rows, inputs.first_new] = new.to(torch.int32)
             return
         is_token = ids >= 0
         columns = inputs.first_new.unsqueeze(1) + self._first_arange(ids.shape[1])
@@ -369,7 +434,10 @@ class ModelRunner:
         hidden: torch.Tensor,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
-        table, drafter = self.table, self.parts.drafter
+        table, drafter, steady = self.table, self.parts.drafter, self._steady
+        if steady is not None and drafter.num_lookahead_tokens == 0:
+            steady.num_unbooked += 1
+            return steady.no_drafts
         index = inputs.rows_index
         if len(inputs.sampling) != len(inputs.rows):
             table.num_computed_host[index] = inputs.batch.seq_lens_host
@@ -412,8 +480,12 @@ class ModelRunner:
             by_request, drafts_by_request = [[] for _ in range(count)], [[] for _ in range(count)]
             for k, i in enumerate(inputs.sampling):
                 by_request[i], drafts_by_request[i] = tokens[k], drafts[k]
-        logprobs: list[list[TokenLogprobs] | None] = [None] * count
+        steady = self._steady
+        logprobs: list[list[TokenLogprobs] | None] = (
+            [None] * count if steady is None else steady.no_logprobs
+        )
         if accepted is not None and accepted.logprobs is not None:
+            logprobs = [None] * count
             for k, i in enumerate(inputs.sampling):
                 first = inputs.first_row[k]
                 entries = accepted.logprobs[first : first + len(tokens[k])]

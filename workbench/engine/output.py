@@ -84,12 +84,12 @@ class RequestState:
         """Whether every completion has ended."""
         return self.num_ended == len(self.completions)
 
-    def append(
+    def look(
         self, index: int, new_ids: list[int], logprobs: list[TokenLogprobs] | None
     ) -> tuple[int, str] | None:
-        """Add tokens to a completion; returns where a stop string ends it, if one does."""
+        """Look at a completion's new tokens, which it holds already; returns where a stop string
+        ends it, if one does."""
         completion = self.completions[index]
-        completion.token_ids += new_ids
         if logprobs:
             completion.logprobs = (completion.logprobs or []) + logprobs[: len(new_ids)]
         if self.scan is None:
@@ -123,13 +123,15 @@ class RequestState:
 
     def output(self, new_token_ids: list[int]) -> RequestOutput:
         """What the user gets: one object a request, brought up to date at every step."""
-        if self.told is None:
-            self.told = RequestOutput(
+        told = self.told
+        if told is None:
+            self.told = told = RequestOutput(
                 request_id=self.request_id,
                 prompt_token_ids=self.prompt_token_ids,
                 outputs=self.completions,
             )
-        self.told.new_token_ids = tuple(new_token_ids)
-        self.told.finished = self.finished
-        self.told.num_cached_tokens = self.num_cached_tokens
-        return self.told
+        told.new_token_ids = tuple(new_token_ids)
+        if self.num_ended:
+            told.finished = self.finished
+            told.num_cached_tokens = self.num_cached_tokens
+        return told

@@ -8,6 +8,8 @@ and mini-sglang do it).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
@@ -54,10 +56,19 @@ class RequestTable:
         self.num_computed_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(rows, num_block_columns, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        # What the host needs of a row. On the CPU the token ids are the same memory.
+        # What the host needs of a row. On the CPU the token ids are the same memory; elsewhere they
+        # are kept for a drafter only.
         self._shares_memory = device.type == "cpu"
+        self._has_mirror = not self._shares_memory and num_lookahead_tokens > 0
         self.host_token_ids: np.ndarray = (
-            self.token_ids.numpy() if self._shares_memory else np.zeros((rows, width), np.int32)
+            self.token_ids.numpy()
+            if self._shares_memory
+            else np.zeros((rows if self._has_mirror else 0, width), np.int32)
+        )
+        self.host_block_table: np.ndarray = (
+            self.block_table.numpy()
+            if self._shares_memory
+            else np.zeros((rows, num_block_columns), np.int32)
         )
         self.params: list[SamplingParams | None] = [None] * rows
         self.num_prompt_tokens = [0] * rows
@@ -92,7 +103,7 @@ class RequestTable:
         self.num_prompt_tokens[row] = new.num_prompt_tokens
         self.num_tokens[row] = count
         self.num_blocks[row] = 0
-        self.append_blocks(row, new.block_ids)
+        self._write_blocks([row], [new.block_ids])
         p = new.sampling
         if not p.is_greedy or p.has_penalties or p.logprobs is not None:
             self._elaborate.add(row)
@@ -107,14 +118,24 @@ class RequestTable:
         self._elaborate.discard(row)
         self._free_rows.append(row)
 
-    def append_blocks(self, row: int, block_ids: list[int]) -> None:
-        """Extend a row's block table."""
-        if not block_ids:
-            return
-        first = self.num_blocks[row]
-        blocks = torch.tensor(block_ids, dtype=torch.int32)
-        self.block_table[row, first : first + len(block_ids)] = blocks.to(self.device)
-        self.num_blocks[row] = first + len(block_ids)
+    def append_blocks(self, new_block_ids: Mapping[str, Sequence[int]]) -> None:
+        """Extend the block tables of requests, all in one write to the device."""
+        self._write_blocks([self.row_of[r] for r in new_block_ids], list(new_block_ids.values()))
+
+    def _write_blocks(self, rows: list[int], block_ids: Sequence[Sequence[int]]) -> None:
+        host, width = self.host_block_table, self.block_table.shape[1]
+        where: list[int] = []
+        for row, blocks in zip(rows, block_ids, strict=True):
+            column = self.num_blocks[row]
+            for block in blocks:
+                host[row, column] = block
+                where.append(row * width + column)
+                column += 1
+            self.num_blocks[row] = column
+        if where and not self._shares_memory:
+            what = [block for blocks in block_ids for block in blocks]
+            packed = torch.tensor([where, what]).to(self.device, non_blocking=True)
+            self.block_table.view(-1)[packed[0]] = packed[1].to(torch.int32)
 
     def write_drafts(self, row: int, drafts: list[int]) -> None:
         """Put drafts behind a row's last known token."""
@@ -126,7 +147,7 @@ class RequestTable:
 
         ``uniform`` says that every row got one token.
         """
-        if not self._shares_memory:
+        if self._has_mirror:
             for row, new in zip(rows, token_ids, strict=True):
                 first = self.num_tokens[row]
                 self.host_token_ids[row, first : first + len(new)] = new
@@ -134,11 +155,15 @@ class RequestTable:
         self.num_computed_host[rows] = self.num_tokens[rows] - 1
 
     def known_tokens(self, row: int) -> np.ndarray:
-        """Host view of a row's known tokens, int32 ``[n]``; not to be written."""
+        """Host view of a row's known tokens, int32 ``[n]``; not to be written.
+
+        On a device of its own memory, only where there is a drafter to read them.
+        """
         return self.host_token_ids[row, : self.num_tokens[row]]
 
     def _write_tokens(self, row: int, first: int, tokens: np.ndarray) -> None:
-        self.host_token_ids[row, first : first + len(tokens)] = tokens
+        if self._shares_memory or self._has_mirror:
+            self.host_token_ids[row, first : first + len(tokens)] = tokens
         if not self._shares_memory:
             self.token_ids[row, first : first + len(tokens)] = torch.from_numpy(tokens).to(
                 self.device

@@ -9,7 +9,14 @@ from workbench.slots.component import Component
 
 
 class Admission(Component):
-    """How many token slots to promise a request when it is admitted."""
+    """How many token slots to promise a request when it is admitted.
+
+    What a request needs beyond its promise is given while the pool has it; then another request
+    is pre-empted: the last by the policy's order.
+    """
+
+    #: Whether a pre-empted request's KV is copied to the host, or computed again.
+    preempts_to_host: bool = False
 
     @abstractmethod
     def reserve_tokens(self, request: Request) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from workbench.slots.component import Component
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KVUsage:
     """Token slots at one moment. ``allocated - used`` is what fragmentation wastes."""
 
@@ -24,6 +26,21 @@ class KVUsage:
         return 1.0 - self.used_tokens / self.allocated_tokens
 
 
+class Reclaimer(Protocol):
+    """Owns blocks that it gives up on demand (a prefix cache)."""
+
+    num_blocks: int
+    num_evictable: int
+
+    def evict(self, num_blocks: int) -> list[int]:
+        """Give up so many blocks, or as many as there are."""
+        ...
+
+    def block_ids(self) -> list[int]:
+        """All blocks it owns."""
+        ...
+
+
 class KVCacheManager(Component):
     """Owns the pool's blocks: hands them to requests and takes them back.
 
@@ -33,6 +50,10 @@ class KVCacheManager(Component):
 
     block_size: int
     num_blocks: int
+    #: Whether a request's first blocks may belong to a prefix cache.
+    can_share_blocks: bool = False
+    #: Tokens of running requests that lie in a prefix cache's blocks, summed by request.
+    num_shared_tokens: int = 0
 
     @classmethod
     @abstractmethod
@@ -44,8 +65,13 @@ class KVCacheManager(Component):
         """Whether a request of ``num_tokens`` could ever be held, were the pool empty."""
 
     @abstractmethod
-    def admit(self, request_id: str, reserve_tokens: int) -> bool:
-        """Promise ``reserve_tokens`` slots to a new request, or return False and change nothing."""
+    def admit(
+        self, request_id: str, reserve_tokens: int, cached_blocks: Sequence[int] = ()
+    ) -> bool:
+        """Promise ``reserve_tokens`` slots to a new request, or return False and change nothing.
+
+        Its first slots lie in ``cached_blocks``, which a prefix cache owns and has locked for it.
+        """
 
     @abstractmethod
     def allocate_slots(self, request_id: str, num_tokens: int) -> list[int] | None:
@@ -64,8 +90,21 @@ class KVCacheManager(Component):
         """Slots in use now, in O(1)."""
 
     @abstractmethod
+    def block_ids(self, request_id: str) -> list[int]:
+        """A request's blocks in order, those of the prefix cache included; not to be changed."""
+
+    @abstractmethod
     def check_integrity(self) -> None:
         """Raise AssertionError unless free + used == total and no block has two owners."""
+
+    def attach(
+        self, reclaimer: Reclaimer, on_evicted: Callable[[list[int]], None] | None = None
+    ) -> None:
+        """Say whom to ask for blocks when none is free, and whom to tell before they are reused."""
+
+    def hand_over(self, request_id: str, block_ids: list[int]) -> None:
+        """Full blocks of a request belong to the prefix cache from now on."""
+        raise NotImplementedError(f"{type(self).__name__} shares no blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +138,10 @@ class Contiguous(KVCacheManager):
     def fits(self, num_tokens: int) -> bool:
         return self.num_blocks > 0 and num_tokens <= self.block_size
 
-    def admit(self, request_id: str, reserve_tokens: int) -> bool:
+    def admit(
+        self, request_id: str, reserve_tokens: int, cached_blocks: Sequence[int] = ()
+    ) -> bool:
+        assert not cached_blocks, "a region belongs to one request"
         if not self._free or reserve_tokens > self.block_size:
             return False
         self._num_tokens[request_id] = 0
@@ -116,6 +158,9 @@ class Contiguous(KVCacheManager):
             self._num_tokens[request_id] = num_tokens
             self._used_tokens += num_tokens - before
         return [self._owner[request_id]] if before == 0 < num_tokens else []
+
+    def block_ids(self, request_id: str) -> list[int]:
+        return [self._owner[request_id]]
 
     def free(self, request_id: str) -> None:
         region = self._owner.pop(request_id, None)

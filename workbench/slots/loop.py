@@ -11,7 +11,7 @@ from workbench.slots.executor import Executor
 from workbench.slots.scheduler import Scheduler
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FinishedStep:
     """A plan and what came of it."""
 
@@ -40,6 +40,5 @@ class SyncLoop(Loop):
         try:
             return FinishedStep(plan, executor.execute(plan))
         except BaseException:
-            # The runner may not have seen the plan: tell it again whose rows are free.
-            scheduler.finished_since_plan[:0] = plan.finished_request_ids
+            scheduler.plan_failed(plan)
             raise

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from workbench.core.errors import ConfigError, RequestError
 from workbench.core.request import FinishReason, Request, RequestStatus
-from workbench.core.step import (
-    ModelRunnerOutput,
-    NewRequest,
-    SchedulerOutput,
-    TokenLogprobs,
-)
+from workbench.core.step import ModelRunnerOutput, NewRequest, SchedulerOutput
 from workbench.slots.admission import Admission
 from workbench.slots.component import Component
 from workbench.slots.kv_cache import KVCacheManager, KVUsage
+from workbench.slots.kv_offload import KVOffload
+from workbench.slots.kv_space import KVSpace
 from workbench.slots.policy import Policy, WaitingQueue
 from workbench.slots.prefill import Prefill
 from workbench.slots.prefix_cache import PrefixCache
+from workbench.slots.step_plan import RequestUpdate, SteadyPlan, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,55 +38,12 @@ class SchedulerParts:
 
     kv_cache: KVCacheManager
     prefix_cache: PrefixCache
+    offload: KVOffload
     policy: Policy
     admission: Admission
     prefill: Prefill
     max_num_seqs: int
     max_model_len: int
-
-
-@dataclass(slots=True)
-class RequestUpdate:
-    """What a step did to one request."""
-
-    request: Request
-    new_token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A step under construction."""
-
-    budget: int
-    requests: list[Request] = field(default_factory=list)
-    num_scheduled: list[int] = field(default_factory=list)
-    num_drafts: list[int] = field(default_factory=list)
-    new_requests: list[NewRequest] = field(default_factory=list)
-    new_block_ids: dict[str, list[int]] = field(default_factory=dict)
-    num_cached_tokens: int = 0
-    num_idle_rows: int = 0
-
-    def add(self, request: Request, num_tokens: int, num_drafts: int) -> None:
-        self.budget -= num_tokens
-        self.requests.append(request)
-        self.num_scheduled.append(num_tokens)
-        self.num_drafts.append(num_drafts)
-
-
-@dataclass(slots=True)
-class _Steady:
-    """The plan of steps in which every running request runs one token and nothing else changes.
-
-    ``growth`` holds, by step number, the requests whose last block is full by then: a steady step
-    costs the requests that need a block, not the requests that run.
-    """
-
-    request_ids: list[str]
-    ones: list[int]
-    zeros: list[int]
-    samples: list[bool]
-    growth: dict[int, list[Request]]
 
 
 class Scheduler(Component):
@@ -114,12 +69,18 @@ class Scheduler(Component):
                 f"max_num_seqs={parts.max_num_seqs}, so running requests could starve. Raise the "
                 "budget or lower max_num_seqs."
             )
-        self.waiting = WaitingQueue(parts.policy)
+        self.space = KVSpace(parts.kv_cache, parts.prefix_cache, parts.offload)
+        if parts.admission.preempts_to_host and not parts.offload.holds_blocks:
+            raise ConfigError(
+                "admission.preemption=swap needs a host tier to swap to. Choose "
+                "engine/kv_offload=host, or admission.preemption=recompute."
+            )
+        self.waiting = WaitingQueue(parts.policy, parts.prefix_cache.match_length)
         self.running: dict[str, Request] = {}
         self.requests: dict[str, Request] = {}
         self.finished_since_plan: list[str] = []
         self._step = 0
-        self._steady: _Steady | None = None
+        self._steady: SteadyPlan | None = None
         self._num_kv_tokens = 0
         self.reset_counters()
 
@@ -151,6 +112,7 @@ class Scheduler(Component):
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use already.")
         self.requests[request.request_id] = request
+        self.space.prepare(request)
         self.waiting.push(request)
         self._steady = None
 
@@ -171,14 +133,47 @@ class Scheduler(Component):
         request.finish_reason = reason
         request.draft_token_ids = []
         if self.running.pop(request_id, None) is not None:
-            self.parts.kv_cache.free(request_id)
+            self.space.release(request)
             self._num_kv_tokens -= request.num_computed_tokens
             self._steady = None
             self.finished_since_plan.append(request_id)
             self._counts["leaves_while_others_run"] += bool(self.running)
         else:
             self.waiting.remove(request_id)
+        self.space.forget(request)
         return request
+
+    def _preempt(self, request: Request, to_host: bool) -> None:
+        """Take a running request's row and KV; it waits again, ahead of those never started."""
+        del self.running[request.request_id]
+        self._num_kv_tokens -= request.num_computed_tokens
+        swapped = self.space.preempt(request, to_host)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.draft_token_ids = []
+        request.num_preemptions += 1
+        self.finished_since_plan.append(request.request_id)
+        self.waiting.push(request)
+        self._counts["preemptions"] += 1
+        self._counts["swaps_out"] += swapped
+
+    def plan_failed(self, plan: SchedulerOutput) -> None:
+        """A step ended with an exception: how far it came is unknown.
+
+        Its requests are pre-empted, so that they start again from what earlier steps computed,
+        and freed rows are told again.
+        """
+        self._steady = None
+        self.finished_since_plan[:0] = plan.finished_request_ids
+        if plan.copies_out or plan.copies_in:
+            self.space.distrust_host()
+            for new in plan.new_requests:
+                if (request := self.running.get(new.request_id)) is not None:
+                    self._num_kv_tokens -= request.num_computed_tokens
+                    request.num_computed_tokens = 0  # what was to be copied in may not be there
+        for request_id in plan.request_ids:
+            if (request := self.running.get(request_id)) is not None:
+                self._preempt(request, to_host=False)
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
@@ -190,14 +185,22 @@ class Scheduler(Component):
         """Plan the next step, or None where nothing can run."""
         if self._steady is not None:
             return self._schedule_steady(self._steady)
-        plan = _Plan(self.token_budget)
+        return self._schedule_anew({})
+
+    def _schedule_anew(self, new_block_ids: dict[str, list[int]]) -> SchedulerOutput | None:
+        """Plan a step request by request; ``new_block_ids`` were given for it already."""
+        plan = StepPlan(self.token_budget, new_block_ids=new_block_ids)
+        before = self._counts["preemptions"]
         num_after = len(self.running)
-        for request in self.running.values():
+        for request in list(self.running.values()):
             # Every running request moves in every step: one token is kept for each that follows.
             num_after -= 1
-            self._schedule_running(plan, request, plan.budget - num_after)
+            if request.status is RequestStatus.RUNNING:  # else it was pre-empted just now
+                self._schedule_running(plan, request, plan.budget - num_after)
         num_continuing = len(plan.requests)
-        while plan.budget > 0 and len(self.running) < self.parts.max_num_seqs:
+        # A pool that just ran dry has no room for others.
+        room = self._counts["preemptions"] == before
+        while room and plan.budget > 0 and len(self.running) < self.parts.max_num_seqs:
             if not len(self.waiting) or not self._may_admit() or not self._admit_next(plan):
                 break
         if not plan.requests:
@@ -215,14 +218,14 @@ class Scheduler(Component):
         """Rows of the batch that are held without being used."""
         return 0
 
-    def _schedule_steady(self, steady: _Steady) -> SchedulerOutput:
+    def _schedule_steady(self, steady: SteadyPlan) -> SchedulerOutput | None:
         """Repeat the last step's plan; only requests whose block is full are looked at."""
-        new_block_ids = {}
+        new_block_ids: dict[str, list[int]] = {}
         for request in steady.growth.pop(self._step, ()):
-            blocks = self.parts.kv_cache.allocate_slots(
-                request.request_id, request.num_computed_tokens + 1
-            )
-            assert blocks is not None, "admission promised these slots"
+            blocks = self.space.grow(request, request.num_computed_tokens + 1)
+            if blocks is None:  # the pool ran dry: plan anew, and say what was given so far
+                self._steady = None
+                return self._schedule_anew(new_block_ids)
             if blocks:  # drafts that were rejected may have left room
                 new_block_ids[request.request_id] = blocks
             self._note_growth(steady.growth, request, request.num_computed_tokens + 1)
@@ -236,6 +239,7 @@ class Scheduler(Component):
             new_block_ids=new_block_ids,
             finished_request_ids=[],
             num_idle_rows=self._idle_rows(),
+            copies_out=self.space.take_copies()[0] if new_block_ids else (),
         )
         self._step += 1
         self._counts["steps"] += 1
@@ -249,7 +253,7 @@ class Scheduler(Component):
         room = -num_tokens % self.parts.kv_cache.block_size
         growth.setdefault(self._step + 1 + room, []).append(request)
 
-    def _become_steady(self, plan: _Plan, output: SchedulerOutput) -> None:
+    def _become_steady(self, plan: StepPlan, output: SchedulerOutput) -> None:
         """Keep this step's plan for the next ones, if all it does is one token a request."""
         if (
             output.new_requests
@@ -262,15 +266,17 @@ class Scheduler(Component):
         growth: dict[int, list[Request]] = {}
         for request in plan.requests:
             self._note_growth(growth, request, request.num_computed_tokens + 1)
-        self._steady = _Steady(
+        self._steady = SteadyPlan(
             output.request_ids,
+            plan.requests,
+            [RequestUpdate(request, [], None) for request in plan.requests],
             output.num_scheduled_tokens,
             output.num_draft_tokens,
             output.samples,
             growth,
         )
 
-    def _schedule_running(self, plan: _Plan, request: Request, budget: int) -> None:
+    def _schedule_running(self, plan: StepPlan, request: Request, budget: int) -> None:
         # Drafts are optional: they go before a running request is left out of the step.
         num_drafts = min(len(request.draft_token_ids), budget - 1)
         outstanding = request.num_tokens - request.num_computed_tokens
@@ -283,52 +289,66 @@ class Scheduler(Component):
             if num_tokens == 0:
                 return
             num_drafts = max(0, num_tokens - outstanding)
-        blocks = self.parts.kv_cache.allocate_slots(
-            request.request_id, request.num_computed_tokens + num_tokens
-        )
-        assert blocks is not None, "admission promised these slots"
+        blocks = self._grow_or_preempt(plan, request, request.num_computed_tokens + num_tokens)
+        if blocks is None:
+            return
         if blocks:
-            plan.new_block_ids[request.request_id] = blocks
+            plan.new_block_ids.setdefault(request.request_id, []).extend(blocks)
         plan.add(request, num_tokens, num_drafts)
 
-    def _admit_next(self, plan: _Plan) -> bool:
+    def _grow_or_preempt(
+        self, plan: StepPlan, request: Request, num_tokens: int
+    ) -> list[int] | None:
+        """Blocks for a running request, taken from the least of the others where none is free;
+        None where it had to be pre-empted itself."""
+        while (blocks := self.space.grow(request, num_tokens)) is None:
+            planned = {r.request_id for r in plan.requests}
+            others = [r for r in self.running.values() if r.request_id not in planned]
+            victim = max(others, key=self.waiting.key)
+            self._preempt(victim, self.parts.admission.preempts_to_host)
+            plan.new_block_ids.pop(victim.request_id, None)
+            if victim is request:
+                return None
+        return blocks
+
+    def _admit_next(self, plan: StepPlan) -> bool:
         request = self.waiting.peek()
         assert request is not None
-        parts = self.parts
-        match = parts.prefix_cache.match(request)
-        outstanding = request.num_tokens - match.num_tokens
+        parts, space = self.parts, self.space
+        found = space.find(request)
+        outstanding = request.num_tokens - found.num_tokens
         num_tokens = parts.prefill.num_tokens(outstanding, plan.budget, not plan.requests)
         if num_tokens == 0:
             return False
-        if not parts.kv_cache.admit(request.request_id, parts.admission.reserve_tokens(request)):
+        total = found.num_tokens + num_tokens
+        blocks = space.admit(request, found, parts.admission.reserve_tokens(request), total)
+        if blocks is None:
             return False
         self.waiting.pop()
-        parts.prefix_cache.lock(match)
-        request.num_computed_tokens = request.num_cached_tokens = match.num_tokens
-        self._num_kv_tokens += match.num_tokens
-        blocks = parts.kv_cache.allocate_slots(
-            request.request_id, request.num_computed_tokens + num_tokens
-        )
-        assert blocks is not None, "admission promised these slots"
+        request.num_computed_tokens = found.num_tokens
+        self._num_kv_tokens += found.num_tokens
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = found.num_tokens
+            plan.num_cached_tokens += found.num_tokens
         request.status = RequestStatus.RUNNING
         self.running[request.request_id] = request
-        plan.num_cached_tokens += match.num_tokens
         plan.new_requests.append(
             NewRequest(
                 request_id=request.request_id,
                 token_ids=request.token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
                 num_computed_tokens=request.num_computed_tokens,
-                block_ids=[*match.block_ids, *blocks],
+                block_ids=blocks,
                 sampling=request.sampling,
                 seed=request.sampling.seed or 0,
             )
         )
         plan.add(request, num_tokens, 0)
         self._counts["admitted"] += 1
+        self._counts["swaps_in"] += found.swapped
         return True
 
-    def _emit(self, plan: _Plan) -> SchedulerOutput:
+    def _emit(self, plan: StepPlan) -> SchedulerOutput:
         samples = [
             r.num_computed_tokens + tokens - drafts >= r.num_tokens
             for r, tokens, drafts in zip(
@@ -341,6 +361,7 @@ class Scheduler(Component):
         self._counts["steps"] += 1
         self._counts["scheduled_tokens"] += sum(plan.num_scheduled)
         finished, self.finished_since_plan = self.finished_since_plan, []
+        copies_out, copies_in = self.space.take_copies()
         output = SchedulerOutput(
             step=self._step,
             request_ids=[r.request_id for r in plan.requests],
@@ -352,6 +373,8 @@ class Scheduler(Component):
             finished_request_ids=finished,
             num_cached_tokens=plan.num_cached_tokens,
             num_idle_rows=self._idle_rows(),
+            copies_out=copies_out,
+            copies_in=copies_in,
         )
         self._become_steady(plan, output)
         self._step += 1
@@ -382,8 +405,11 @@ class Scheduler(Component):
                 continue
             if samples:  # rejected drafts leave no valid KV
                 num_tokens -= num_drafts - (len(tokens) - 1)
-            request.num_computed_tokens += num_tokens
+            computed = request.num_computed_tokens
+            request.num_computed_tokens = computed + num_tokens
             self._num_kv_tokens += num_tokens
+            if computed < request.num_prompt_tokens:
+                self.space.publish(request)  # a prompt's KV is of use while it still runs
             if not samples:
                 request.draft_token_ids = []
                 continue
@@ -400,21 +426,25 @@ class Scheduler(Component):
                 self._steady = None
         return updates
 
-    def _update_steady(self, steady: _Steady, result: ModelRunnerOutput) -> list[RequestUpdate]:
-        """Book one token a request."""
-        updates = []
+    def _update_steady(self, steady: SteadyPlan, result: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Book one token a request; the updates are the same objects in every steady step."""
+        updates = steady.updates
         ended = []
-        requests = self.requests
-        self._num_kv_tokens += len(steady.request_ids)
-        for request_id, tokens, logprobs in zip(
-            steady.request_ids, result.token_ids, result.logprobs, strict=True
+        self._num_kv_tokens += len(updates)
+        for update, tokens, logprobs in zip(
+            updates, result.token_ids, result.logprobs, strict=True
         ):
-            request = requests[request_id]
+            request = update.request
+            update.new_token_ids = tokens
+            update.logprobs = logprobs
             request.num_computed_tokens += 1
-            _, reason = self._append(request, tokens)
-            updates.append(RequestUpdate(request, tokens, logprobs))
-            if reason is not None:
-                ended.append((request_id, reason))
+            request.num_tokens = num_tokens = request.num_tokens + 1
+            (token,) = tokens
+            request.output_token_ids.append(token)
+            if token in request.stop_ids:
+                ended.append((request.request_id, FinishReason.STOP))
+            elif num_tokens >= request.max_total_tokens:
+                ended.append((request.request_id, FinishReason.LENGTH))
         if any(result.draft_token_ids):
             self._steady = None
             for update, drafts in zip(updates, result.draft_token_ids, strict=True):
@@ -438,8 +468,7 @@ class Scheduler(Component):
 
     def kv_usage(self) -> KVUsage:
         """Slots of the KV pool now: allocated by the manager, used by computed tokens."""
-        usage = self.parts.kv_cache.usage()
-        return KVUsage(usage.total_tokens, usage.allocated_tokens, self._num_kv_tokens)
+        return self.space.usage(self._num_kv_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the scheduler's books contradict each other."""
@@ -450,8 +479,7 @@ class Scheduler(Component):
             assert request.num_computed_tokens <= request.num_tokens, "computed beyond the known"
         held = sum(request.num_computed_tokens for request in self.running.values())
         assert held == self._num_kv_tokens, "KV tokens miscounted"
-        self.parts.kv_cache.check_integrity()
-        self.parts.prefix_cache.check_integrity()
+        self.space.check_integrity(self.running)
 
     # -- counters -----------------------------------------------------------------------------
 
@@ -467,6 +495,9 @@ class Scheduler(Component):
             "leaves_while_others_run",
             "partial_prompts",
             "mixed_steps",
+            "preemptions",
+            "swaps_out",
+            "swaps_in",
         )
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
 
