@@ -153,11 +153,17 @@ def compose_config(overrides: Sequence[str]) -> Composed:
 
 
 def suggested_groups(overrides: Sequence[str], techniques: Sequence[Marker]) -> list[str]:
-    """Overrides for the groups that the first technique suggests and nobody else chooses."""
-    if not techniques or any(text.lstrip("+").startswith("experiment=") for text in overrides):
+    """Overrides that the first technique, or else the preset, suggests and nobody else chooses."""
+    chosen = dict(text.lstrip("+").partition("=")[::2] for text in overrides)
+    if "experiment" in chosen:
         return []
-    chosen = {text.partition("=")[0] for text in overrides}
-    return [f"{k}={v}" for k, v in techniques[0].measure.items() if k not in chosen]
+    suggested: Any = {}
+    if techniques:
+        suggested = techniques[0].measure
+    elif chosen.get("preset") in options_of("preset"):
+        suggested = OmegaConf.load(CONF_DIR / "preset" / f"{chosen['preset']}.yaml")
+        suggested = suggested.get("preset_measure", {})
+    return [f"{k}={v}" for k, v in suggested.items() if k not in chosen]
 
 
 def check_requirements(composed: Composed) -> None:

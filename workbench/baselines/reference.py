@@ -169,9 +169,7 @@ class ReferenceModel:
         prefix = [*prompt_ids, *output_prefix]
         shared = self._checked(prefix, 1)
         model: Any = shared.model
-        extra = {}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            extra["logits_to_keep"] = 1
+        extra = _last_logits_only(model, 1)
         with torch.no_grad():
             input_ids = torch.tensor([prefix], device=shared.device)
             logits = model(input_ids=input_ids, use_cache=False, **extra).logits[0, -1].float()
@@ -204,10 +202,12 @@ class ReferenceModel:
             return ()
         tokens = [*prompt_ids, *output_ids[:-1]]
         shared = self._checked(tokens, 1)
+        model: Any = shared.model
         with torch.no_grad():
             input_ids = torch.tensor([tokens], device=shared.device)
-            logits = shared.model(input_ids=input_ids, use_cache=False).logits[0]
-        logits = logits[len(prompt_ids) - 1 :].float()
+            extra = _last_logits_only(model, len(output_ids))
+            logits = model(input_ids=input_ids, use_cache=False, **extra).logits[0]
+        logits = logits[-len(output_ids) :].float()
         given = logits.gather(1, torch.tensor([*output_ids], device=logits.device)[:, None])
         return tuple((logits.amax(1) - given[:, 0]).tolist())
 
@@ -236,6 +236,12 @@ class ReferenceModel:
             raise RequestError(f"no reference: {problem}")
         shared.use_attention(ATTENTION)
         return shared
+
+
+def _last_logits_only(model: Any, count: int) -> dict[str, int]:
+    """Arguments that spare a forward pass the logits before the last ``count``."""
+    takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": count} if takes_it else {}
 
 
 def reference_tokens(

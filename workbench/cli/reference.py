@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from workbench.baselines.reference import ReferenceModel
@@ -11,7 +11,7 @@ from workbench.bench.gates import Outputs
 from workbench.bench.progress import Progress
 from workbench.cli.variants import ModelForBaselines
 from workbench.core.backend import TokenEvent
-from workbench.core.errors import RequestError
+from workbench.core.errors import RequestError, WorkbenchError
 from workbench.core.workload import WorkloadRequest
 
 
@@ -59,3 +59,40 @@ class HfReference:
         trace: TracebackType | None,
     ) -> None:
         self._model.close()
+
+
+def scored(
+    engine_outputs: Callable[[Sequence[WorkloadRequest]], Outputs],
+    hf: HfReference,
+    epsilon: float,
+    progress: Progress,
+) -> Callable[[Sequence[WorkloadRequest]], Outputs]:
+    """An engine's own outputs as the reference, once Transformers has stood by every token.
+
+    One forward pass over prompt and output says how far each token lies from the one that
+    Transformers would have chosen after the same tokens. That holds every token of every request,
+    and costs a prefill a request where generating the reference costs a decode step a token: the
+    way for loads that Transformers would take hours to serve.
+
+    Parameters
+    ----------
+    epsilon
+        In logits: what a token may lie behind the choice; 0 asks for the very choice.
+    """
+
+    def outputs(requests: Sequence[WorkloadRequest]) -> Outputs:
+        found = engine_outputs(requests)
+        progress.begin("reference (outputs scored by HF)", len(found), time.perf_counter())
+        for request_id, tokens in found.items():
+            margins = hf.margins(request_id, tokens)
+            worst = max(range(len(margins)), key=margins.__getitem__, default=None)
+            if worst is not None and margins[worst] > epsilon:
+                raise WorkbenchError(
+                    f"output token {worst} of request {request_id!r} lies {margins[worst]:.3g} "
+                    f"logits behind Transformers' choice, more than {epsilon:g}: the engine that "
+                    "was to give the reference is wrong."
+                )
+            progress.on_event(TokenEvent(request_id, time.perf_counter(), tuple(tokens), True))
+        return found
+
+    return outputs

@@ -32,6 +32,7 @@ from workbench.bench.run import (
     VariantResult,
     run_bench,
 )
+from workbench.bench.slo import Slo
 from workbench.cli.output import print_document
 from workbench.cli.variants import (
     ModelForBaselines,
@@ -50,6 +51,7 @@ from workbench.models.families import read_config, spec_from_hf
 from workbench.models.random_weights import save_random_checkpoint
 from workbench.models.source import ModelSource
 
+_REFERENCES = ("hf", "hf_scored", "base")
 #: Margin in logits under which bf16 and fp16 may break a tie another way than the reference.
 #: SmolLM2's bf16 logits lie up to 0.65 from its fp32 ones, in Transformers as here, so two correct
 #: bf16 runs can differ by about twice that; Transformers' own batched rungs differ from its
@@ -104,13 +106,14 @@ def _check_choices(cfg: DictConfig) -> None:
     ):
         if cfg[name] not in valid:
             raise unknown_name(name, str(cfg[name]), valid)
-    if cfg.bench.reference not in ("hf", "base"):
-        raise unknown_name("bench.reference", str(cfg.bench.reference), ("hf", "base"))
+    if cfg.bench.reference not in _REFERENCES:
+        raise unknown_name("bench.reference", str(cfg.bench.reference), _REFERENCES)
     check_load(cfg)
 
 
 def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[VariantResult]:
     cfg = plan.treatment.cfg
+    slo: Slo = _build(cfg, "slo")
     # The limits are not known before the workload is, nor the workload before the model.
     source = engine_config(plan.treatment, Limits()).source
     spec = spec_from_hf(read_config(source.config))
@@ -121,6 +124,7 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
     load_factory = _build(cfg, "load")
     limits = _limits(cfg, requests, load_factory, spec.max_position_embeddings)
     device, dtype = _device_and_dtype(plan)
+    settings = _settings(cfg, dtype, slo if slo.bounds else None)
     progress = LiveProgress(console)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder_of(source, cfg, dtype, device))
@@ -130,18 +134,22 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
         if folder is not None:
             model = ModelForBaselines(folder, dtype, device)
             variants = with_first_baseline([*baseline_variants(cfg, model), *variants])
-            if cfg.bench.reference == "hf":
-                from workbench.cli.reference import HfReference
+            if cfg.bench.reference != "base":
+                from workbench.cli.reference import HfReference, scored
 
                 hf = stack.enter_context(HfReference(model, requests, progress))
-                reference, margin_fn = hf.outputs, hf.margins
+                if cfg.bench.reference == "hf":
+                    reference = hf.outputs
+                else:
+                    reference = scored(reference, hf, settings.epsilon, progress)
+                margin_fn = hf.margins
         return run_bench(
             variants,
             requests,
             load_factory,
             reference=reference,
             margin_fn=margin_fn,
-            settings=_settings(cfg, dtype),
+            settings=settings,
             workload={
                 "name": workload.name,
                 "digest": workload.digest(requests),
@@ -201,7 +209,7 @@ def _folder_of(
     if cfg.weights == "checkpoint":
         yield source.folder
         return
-    if not len(cfg.baselines) and cfg.bench.reference != "hf":
+    if not len(cfg.baselines) and cfg.bench.reference == "base":
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="workbench-random-") as parent:
@@ -237,7 +245,7 @@ def _engine_reference(variants: Sequence[Variant]) -> ReferenceFn:
     return outputs
 
 
-def _settings(cfg: DictConfig, dtype: str) -> BenchSettings:
+def _settings(cfg: DictConfig, dtype: str, slo: Slo | None = None) -> BenchSettings:
     bench = cfg.bench
     epsilon = bench.epsilon
     if epsilon == "auto":
@@ -251,6 +259,7 @@ def _settings(cfg: DictConfig, dtype: str) -> BenchSettings:
             epsilon=float(epsilon),
             timeout_s=bench.timeout_s,
             residency=bench.residency,
+            slo=slo,
             seed=int(cfg.seed),
         )
     except (ValueError, TypeError) as error:

@@ -84,16 +84,21 @@ def _required_by(asked: Sequence[str], markers: dict[str, Marker]) -> list[str]:
     """Requirements of ``asked``, and theirs, that were not asked for; the deepest first."""
     supplied: list[str] = []
 
-    def visit(name: str) -> None:
+    def visit(name: str, path: tuple[str, ...]) -> None:
         if name not in markers:
             raise unknown_name("technique", name, markers)
+        if name in path:
+            raise ConfigError(
+                f"technique {name!r} requires itself: {' -> '.join([*path, name])}. Correct "
+                "`requires` in these files of conf/technique."
+            )
         for required in markers[name].requires:
             if required not in asked and required not in supplied:
-                visit(required)
+                visit(required, (*path, name))
                 supplied.append(required)
 
     for name in asked:
-        visit(name)
+        visit(name, ())
     return supplied
 
 
@@ -150,6 +155,7 @@ def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Va
                 },
                 kind="engine",
                 resolved_config=_resolved(plan.treatment.cfg, composed, limits),
+                has_prefix_cache=composed.choices.get("engine/prefix_cache", "none") != "none",
             )
         )
     return variants
@@ -237,7 +243,6 @@ def with_first_baseline(variants: list[Variant]) -> list[Variant]:
 
 
 def check_load(cfg: DictConfig) -> None:
-    """Refuse a load that no request can start under."""
-    concurrency = cfg.load.get("concurrency", 1)
-    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
-        raise ConfigError(f"load.concurrency={concurrency!r} must be an integer of at least 1.")
+    """Refuse a load that no workload could be sent with, before a model is fetched."""
+    settings = {str(k): v for k, v in cfg.load.items() if not str(k).startswith("_")}
+    load_class(cfg.load["_target_"]).check_settings(**settings)
