@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from workbench.bench.jsonsafe import to_json
 from workbench.bench.metrics import (
+    LATE_SEND_S,
     METRICS,
     RoundSample,
     collect,
@@ -67,6 +69,43 @@ def test_rates_and_latencies_by_hand() -> None:
     assert found["itl_ms"]["p50"] == pytest.approx(400)
 
 
+def test_normalised_latency_and_longest_gap_by_hand() -> None:
+    found = round_metrics(by_hand()[0])
+    assert found["norm_latency_ms"]["n"] == 3
+    assert found["norm_latency_ms"]["mean"] == pytest.approx((3000 / 4 + 1500 / 5 + 1000 / 1) / 3)
+    # The event of three tokens came after 600 ms: that is what its reader waited. c has no gap.
+    assert found["max_gap_ms"]["n"] == 2
+    assert found["max_gap_ms"]["mean"] == pytest.approx((1000 + 600) / 2)
+
+
+def test_a_span_takes_what_became_known_in_it() -> None:
+    """From 1.0 to 2.0, the end included: what the first moment brought is outside."""
+    sample = by_hand()[0]
+    found = round_metrics(sample, (1.0, 2.0))
+    assert found["output_tok_s"] == pytest.approx(1 + 3 + 1 + 1), "a, b, a, b: first tokens are not"
+    assert found["total_tok_s"] == found["output_tok_s"], "no prompt was done within"
+    assert found["request_s"] == pytest.approx(1), "b ended"
+    assert found["ttft_ms"]["n"] == 0
+    assert found["e2el_ms"]["n"] == found["tpot_ms"]["n"] == found["norm_latency_ms"]["n"] == 1
+    assert found["e2el_ms"]["mean"] == pytest.approx(1500)
+    assert found["max_gap_ms"]["mean"] == pytest.approx(600)
+    assert found["itl_ms"]["n"] == 6
+    assert found["itl_ms"]["mean"] == pytest.approx((500 + 3 * 200 + 500 + 400) / 6)
+
+
+def test_spans_that_touch_add_up_to_the_round() -> None:
+    sample = by_hand()[0]
+    edges = [-1.0, 0.4, 1.0, 1.5, 1.6, 2.0, 2.7, sample.wall_s]
+    parts = [(b - a, round_metrics(sample, (a, b))) for a, b in pairwise(edges)]
+    whole = round_metrics(sample)
+    for name, metric in METRICS.items():
+        if metric.is_distribution:
+            assert sum(found[name]["n"] for _, found in parts) == whole[name]["n"]
+        else:
+            total = sum(length * found[name] for length, found in parts)
+            assert total == pytest.approx(whole[name] * sample.wall_s)
+
+
 def test_itl_adds_up_to_what_follows_the_first_token() -> None:
     for request in by_hand()[0].requests:
         assert request.itl_s().sum() == pytest.approx(request.e2el_s - request.ttft_s)
@@ -78,6 +117,19 @@ def test_what_the_load_achieved() -> None:
     assert found["mean_in_flight"] == pytest.approx((3 + 1.5 + 1) / 4)
     assert found["max_queue"] == 2
     assert found["max_taken_late_s"] == pytest.approx(0.25)
+    assert found["num_late_sends"] == 1
+    assert found["max_in_flight"] == 2
+    assert found["duration_s"] == pytest.approx(4)
+    assert found["sent_request_s"] == pytest.approx(3 / 3)
+
+
+def test_lateness_counts_above_its_bound() -> None:
+    times = {"a": START, "b": START, "c": START}
+    events = [TokenEvent(key, START + 1, (1,), True) for key in times]
+    taken = {"a": START, "b": START + 0.9 * LATE_SEND_S, "c": START + 1.1 * LATE_SEND_S}
+    found = load_metrics(collect(events, REQUESTS, times, taken, START)[0])
+    assert found["num_late_sends"] == 1
+    assert found["max_taken_late_s"] == pytest.approx(1.1 * LATE_SEND_S)
 
 
 def test_first_event_with_several_tokens_has_no_gap() -> None:

@@ -32,7 +32,9 @@ from workbench.bench.workloads import (
     FixedWorkload,
     MixedWorkload,
     MooncakeWorkload,
+    MultiTurnWorkload,
     Nano256Workload,
+    PrefixHitsWorkload,
     SharedPrefixWorkload,
     TextWorkload,
     Workload,
@@ -63,6 +65,10 @@ SYNTHETIC: dict[str, Workload] = {
     "mixed": MixedWorkload(num_requests=5),
     "nano256": Nano256Workload(num_requests=4),
     "shared_prefix": SharedPrefixWorkload(num_groups=3, requests_per_group=2, shared_len=40),
+    "prefix_hits": PrefixHitsWorkload(
+        num_requests=8, num_groups=1, input_len=32, output_len=4, granularity=4
+    ),
+    "multi_turn": MultiTurnWorkload(num_conversations=2, num_turns=3, system_len=24),
     "text": TextWorkload(num_requests=6, shuffle=True),
 }
 
@@ -146,6 +152,9 @@ def reference_digest(requests: list[WorkloadRequest]) -> str:
         parts.append(len(ids).to_bytes(8, "little") + request.max_tokens.to_bytes(8, "little"))
         parts.append(struct.pack("<d", request.arrival_s) + bytes([request.ignore_eos]))
         parts += [token.to_bytes(8, "little") for token in ids]
+        if request.after is not None:
+            names = [other.request_id for other in requests]
+            parts.append(b"after" + names.index(request.after).to_bytes(8, "little"))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

@@ -84,6 +84,22 @@ def test_traces_clip_and_tell(mooncake: Any) -> None:
     assert built["num_requests"] == 2
 
 
+def test_mooncake_tells_what_a_cache_of_endless_size_would_find(mooncake: Any) -> None:
+    """Row 2 starts as row 1 does; row 3 has the same blocks the other way round."""
+    for scale, block in ((1.0, 512), (1 / 32, 16)):
+        workload = mooncake(length_scale=scale)
+        requests = workload.requests(0, None, 50_000)
+        total = sum(len(r.prompt_token_ids) for r in requests)
+        told = workload.describe()["built"]["infinite_cache_hit_rate"]
+        assert told == {"blocks": pytest.approx(2 / 7), "tokens": pytest.approx(2 * block / total)}
+    clipped = mooncake(max_input_len=600, max_requests=2)
+    clipped.requests(0, None, 50_000)
+    assert clipped.describe()["built"]["infinite_cache_hit_rate"]["blocks"] == 2 / 4
+    dropped = mooncake(overlong="drop")
+    assert len(dropped.requests(0, None, 50_000, 1450)) == 2
+    assert dropped.describe()["built"]["infinite_cache_hit_rate"]["blocks"] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,6 +199,8 @@ def test_mooncake_hit_rate_from_the_generated_tokens(trace: str, published: floa
     assert len(requests) == len(rows)
     assert generated == recorded
     assert round(float(generated) * 100, 1) == published
+    told = workload.describe()["built"]["infinite_cache_hit_rate"]
+    assert told["blocks"] == float(recorded)
 
 
 @pytest.mark.parametrize("trace", ["code", "conv"])

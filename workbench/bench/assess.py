@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,16 +15,17 @@ from workbench.bench.jsonsafe import plain
 from workbench.bench.metrics import (
     RoundSample,
     load_metrics,
+    median,
     metrics_over_rounds,
     round_metrics,
+    steady_metrics,
 )
 from workbench.bench.records import Record
 from workbench.bench.roofline import Ceilings, utilisation
+from workbench.bench.settings import BenchSettings, Variant
+from workbench.bench.slo import goodput_over_rounds
 from workbench.bench.stats import RoundPair, paired_ratio, speed_p_value, verdict_word
 from workbench.core.backend import Backend, BackendInfo, MemoryLedger
-
-if TYPE_CHECKING:
-    from workbench.bench.run import BenchSettings, Variant
 
 _MIN_ROUNDS = 3
 _TIME_UNITS = frozenset({"s", "ms", "us", "ns", "seconds"})
@@ -56,6 +57,8 @@ class VariantState:
     evidence: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     load_settings: dict[str, Any] = field(default_factory=dict)
+    target_request_s: float | None = None
+    hit_rates: list[float | None] = field(default_factory=list)
     num_warmups: int = 0
     base_bytes: int = 0
 
@@ -144,12 +147,14 @@ def _record(
         "num_rounds": len(state.rounds),
         "memory": _memory(state.ledgers),
         "ceilings": ceilings.to_dict() if ceilings else None,
-        "load": _load(state, settings),
+        "load": _load(state, settings, common),
     }
     if variant.baseline is not None:
         fields["baseline_id"] = f"{common['run_id']}/{variant.baseline}"
     if state.failure is None and state.rounds:
         fields.update(_speed(state, counters, ceilings))
+        if settings.slo is not None:
+            fields["slo"] = goodput_over_rounds(state.rounds, settings.slo)
         if variant.baseline is not None:
             fields.update(_comparison(state, by_name[variant.baseline], settings))
         others = {
@@ -177,6 +182,7 @@ def _speed(
     dtype = state.info.dtype if state.info else ""
     return {
         "metrics": metrics_over_rounds(state.rounds),
+        "steady": steady_metrics(state.rounds),
         "roofline": utilisation(counters, wall_s, ceilings, dtype),
         "samples": tuple(state.rounds),
     }
@@ -190,21 +196,26 @@ def _memory(ledgers: Sequence[MemoryLedger]) -> dict[str, Any] | None:
     return {"peak_memory_bytes": highest.measured_peak_bytes, **plain(highest)}
 
 
-def _load(state: VariantState, settings: BenchSettings) -> dict[str, Any]:
-    achieved = [load_metrics(round_) for round_ in state.rounds]
-    found: dict[str, Any] = {}
-    if state.failure is None and achieved:
-        for name in achieved[0]:
-            values = [row[name] for row in achieved]
-            known = [value for value in values if value is not None]
-            found[name] = float(np.median(known)) if known else None
-    return {
+def _load(
+    state: VariantState, settings: BenchSettings, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings of the load and what became of it; a failed row keeps no achieved rate."""
+    declared = common.get("workload", {}).get("declared_hit_rate")
+    found: dict[str, Any] = {
         "settings": state.load_settings,
         "num_warmups": state.num_warmups,
         "warmup_tokens": settings.warmup_tokens,
         "residency": settings.residency,
-        **found,
+        "hit_rate": median(state.hit_rates),
+        **({} if declared is None else {"declared_hit_rate": declared}),
     }
+    achieved = [load_metrics(round_) for round_ in state.rounds]
+    if state.failure is None and achieved:
+        found["target_request_s"] = state.target_request_s
+        found |= {name: median([row[name] for row in achieved]) for name in achieved[0]}
+        if state.target_request_s is None:
+            del found["sent_request_s"]  # the backend set the pace, not the load
+    return found
 
 
 def pair_rounds(variant: VariantState, baseline: VariantState) -> list[RoundPair]:

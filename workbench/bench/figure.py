@@ -14,12 +14,12 @@ from matplotlib.lines import Line2D
 
 from workbench.bench.metrics import latency_samples_ms
 from workbench.bench.records import Record, ResultStore
-from workbench.bench.report import quantity, records_of
+from workbench.bench.report import load_label, quantity, records_of
 from workbench.bench.run import VariantResult
 
 # Okabe and Ito (2008): told apart with every common colour blindness; the last ones need lines.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
 _MAX_EVIDENCE = 3
 
 
@@ -43,9 +43,18 @@ def draw(results: Sequence[VariantResult | Record], path: str | Path) -> Path:
     records = records_of(results)
     if not records:
         raise ValueError("there are no records to draw.")
+    return save_png(_figure(records), path)
+
+
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write a figure; its folder is made.
+
+    Returns
+    -------
+    ``path``.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = _figure(records)
     # A name of its own until it is whole, so that an interrupted run leaves no broken PNG.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -106,16 +115,15 @@ def _title(records: Sequence[Record]) -> str:
     settings: dict[str, Any] = next(
         (r.load["settings"] for r in records if r.load.get("settings")), {}
     )
-    load = ", ".join(f"{k.removeprefix('num_')} {v}" for k, v in settings.items() if k != "name")
     parts = [f"{first.workload.get('name', '?')}"]
     if settings:
-        parts.append(f"{settings.get('name', '?')} load ({load})")
+        parts.append(f"load {load_label(settings)}")
     parts += [str(first.environment.get("hardware_slug", "")), first.time[:10]]
     return " · ".join(part for part in parts if part)
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _draw_bars(axes: Axes, records: Sequence[Record]) -> None:
@@ -221,7 +229,7 @@ def _draw_ecdf(axes: Axes, records: Sequence[Record], name: str, label: str) -> 
             np.concatenate([[0.0], share]),
             where="post",
             color=_colour(index),
-            ls=_LINES[index % len(_LINES)],
+            ls=LINES[index % len(LINES)],
             lw=1.8,
         )
     if values_seen:
@@ -242,7 +250,7 @@ def _legend(figure: Figure, records: Sequence[Record]) -> None:
     if not drawn:
         return
     handles = [
-        Line2D([], [], color=_colour(i), ls=_LINES[i % len(_LINES)], lw=1.8) for i, _ in drawn
+        Line2D([], [], color=_colour(i), ls=LINES[i % len(LINES)], lw=1.8) for i, _ in drawn
     ]
     labels = [record.variant for _, record in drawn]
     figure.legend(

@@ -11,8 +11,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Verdict = Literal["exact", "distributional", "lossy", "FAILED", "INVALID"]
+Verdict = Literal["exact", "distributional", "lossy", "counted", "FAILED", "INVALID"]
 PASSED: tuple[Verdict, ...] = ("exact", "distributional", "lossy")
+COUNTED: Verdict = "counted"
+"""Of a run without a model: its books were checked, and it has no outputs and no speed."""
 
 Outputs = Mapping[str, Sequence[int]]
 MarginFn = Callable[[str, Sequence[int]], Sequence[float]]

@@ -8,14 +8,29 @@ the :class:`~workbench.core.backend.TokenEvent` stream of a run and the release 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from workbench.core.backend import TokenEvent
-from workbench.core.workload import WorkloadRequest
+from workbench.bench.samples import RequestSample, RoundSample, collect
+from workbench.bench.steady import Span, counts_over_time, steady_window
+
+__all__ = [
+    "LATE_SEND_S",
+    "METRICS",
+    "MetricDef",
+    "RequestSample",
+    "RoundSample",
+    "collect",
+    "latency_samples_ms",
+    "load_metrics",
+    "median",
+    "metrics_over_rounds",
+    "round_metrics",
+    "steady_metrics",
+    "summarise",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,192 +117,27 @@ METRICS: dict[str, MetricDef] = {
             "release of the request by the load to its last token on the host",
             "vLLM bench serve, end-to-end latency",
         ),
+        MetricDef(
+            "norm_latency_ms",
+            "ms",
+            "lower",
+            True,
+            "per request E2E / output tokens, the first token and all queueing included",
+            "normalised latency (s/token) of Orca (OSDI'22) and PagedAttention (SOSP'23)",
+        ),
+        MetricDef(
+            "max_gap_ms",
+            "ms",
+            "lower",
+            True,
+            "per request its longest gap between visible events, not divided by tokens: the worst"
+            " stall that its reader saw; requests with one event left out",
+            "generation stalls of Sarathi-Serve (OSDI'24), by request",
+        ),
     )
 }
 
 PERCENTILES = (50, 90, 95, 99)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSample:
-    """The raw times of one request, in seconds after the start of the load.
-
-    Attributes
-    ----------
-    first_s, last_s
-        First and last token on the host; None for a request that brought no token.
-    taken_s
-        When the backend took the request from the load.
-    event_tokens
-        Tokens of each event.
-    gaps_s
-        Seconds between successive events, one fewer than ``event_tokens``.
-    """
-
-    request_id: str
-    category: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    release_s: float
-    taken_s: float
-    first_s: float | None
-    last_s: float | None
-    event_tokens: tuple[int, ...] = ()
-    gaps_s: tuple[float, ...] = ()
-    error: str | None = None
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the request brought tokens and no error."""
-        return self.error is None and self.first_s is not None
-
-    @property
-    def ttft_s(self) -> float:
-        """Release to first token."""
-        assert self.first_s is not None
-        return self.first_s - self.release_s
-
-    @property
-    def e2el_s(self) -> float:
-        """Release to last token."""
-        assert self.last_s is not None
-        return self.last_s - self.release_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Seconds a token after the first; None for one token."""
-        if self.num_output_tokens < 2:
-            return None
-        return (self.e2el_s - self.ttft_s) / (self.num_output_tokens - 1)
-
-    def itl_s(self) -> np.ndarray:
-        """Return the gap of every token after the first event: float64 [tokens]."""
-        tokens = np.asarray(self.event_tokens[1:], dtype=np.int64)
-        return np.repeat(np.asarray(self.gaps_s, dtype=np.float64) / tokens, tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSample:
-    """One measured run of a workload by one variant."""
-
-    wall_s: float
-    requests: tuple[RequestSample, ...]
-
-    @property
-    def served(self) -> list[RequestSample]:
-        """Requests that brought tokens and no error."""
-        return [request for request in self.requests if request.is_served]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, times rounded to the microsecond."""
-        return {
-            "wall_s": round(self.wall_s, 6),
-            "requests": [_rounded(asdict(request)) for request in self.requests],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RoundSample:
-        """Rebuild a round from :meth:`to_dict`."""
-        requests = []
-        for row in data["requests"]:
-            values = dict(row)
-            values["event_tokens"] = tuple(values["event_tokens"])
-            values["gaps_s"] = tuple(values["gaps_s"])
-            requests.append(RequestSample(**values))
-        return cls(wall_s=data["wall_s"], requests=tuple(requests))
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    row["gaps_s"] = [round(gap, 6) for gap in row["gaps_s"]]
-    row["event_tokens"] = list(row["event_tokens"])
-    return {key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()}
-
-
-def collect(
-    events: Sequence[TokenEvent],
-    requests: Sequence[WorkloadRequest],
-    release_s: Mapping[str, float],
-    taken_s: Mapping[str, float],
-    start_s: float,
-    end_s: float | None = None,
-) -> tuple[RoundSample, dict[str, tuple[int, ...]]]:
-    """Turn the events of one run into raw samples and outputs.
-
-    Parameters
-    ----------
-    events
-        As told by the backend, in order.
-    release_s, taken_s
-        The book of the load, ``perf_counter`` by request id.
-    start_s, end_s
-        When the load started, and when the backend returned (None: unknown).
-
-    Returns
-    -------
-    The samples of the round, and the output token ids by request id.
-
-    Raises
-    ------
-    ValueError
-        An event of an unknown request, or one whose time lies before the release, before the
-        event ahead of it or after the end of the run: the backend's clock cannot be trusted, so
-        nothing may be measured.
-    """
-    by_id: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-    for event in events:
-        if event.request_id not in by_id:
-            raise ValueError(f"the backend told tokens of unknown request {event.request_id!r}.")
-        by_id[event.request_id].append(event)
-    samples, outputs = [], {}
-    for request in requests:
-        told = by_id[request.request_id]
-        outputs[request.request_id] = tuple(t for event in told for t in event.token_ids)
-        samples.append(_sample(request, told, release_s, taken_s, start_s))
-    last_s = max((s.last_s for s in samples if s.last_s is not None), default=0.0)
-    if end_s is not None and start_s + last_s > end_s:
-        raise ValueError(
-            f"the last token is {start_s + last_s - end_s:.6f} s later than the end of the run; "
-            "events must carry time.perf_counter()."
-        )
-    return RoundSample(wall_s=last_s, requests=tuple(samples)), outputs
-
-
-def _sample(
-    request: WorkloadRequest,
-    told: Sequence[TokenEvent],
-    release_s: Mapping[str, float],
-    taken_s: Mapping[str, float],
-    start_s: float,
-) -> RequestSample:
-    """Build the sample of one request."""
-    key = request.request_id
-    error = next((event.error for event in told if event.error is not None), None)
-    if key not in taken_s:
-        error = "the backend never took the request from the load"
-    elif error is None and not any(event.finished for event in told):
-        error = "the backend returned without finishing the request"
-    release = release_s.get(key, start_s)
-    shown = [event for event in told if event.token_ids]
-    times = [release, *(event.time_s for event in shown)]
-    for before, after in pairwise(times):
-        if after < before:
-            raise ValueError(
-                f"request {key!r} has an event {before - after:.6f} s before its release or its"
-                " previous event; events must carry time.perf_counter() in order."
-            )
-    return RequestSample(
-        request_id=key,
-        category=request.category,
-        num_prompt_tokens=len(request.prompt_token_ids),
-        num_output_tokens=sum(len(event.token_ids) for event in shown),
-        release_s=release - start_s,
-        taken_s=taken_s.get(key, start_s) - start_s,
-        first_s=shown[0].time_s - start_s if shown else None,
-        last_s=shown[-1].time_s - start_s if shown else None,
-        event_tokens=tuple(len(event.token_ids) for event in shown),
-        gaps_s=tuple(b - a for a, b in pairwise(times[1:])),
-        error=error,
-    )
 
 
 def summarise(values: Sequence[float] | np.ndarray) -> dict[str, float | int | None]:
@@ -308,40 +158,79 @@ def summarise(values: Sequence[float] | np.ndarray) -> dict[str, float | int | N
     }
 
 
-def latency_samples_ms(round_: RoundSample) -> dict[str, np.ndarray]:
-    """Return the raw sample of every latency metric, in milliseconds."""
+def latency_samples_ms(round_: RoundSample, span: Span | None = None) -> dict[str, np.ndarray]:
+    """Return the raw sample of every latency metric, in milliseconds.
+
+    Parameters
+    ----------
+    span
+        Take only what became known within it: a TTFT at the first token, a gap at the event that
+        ended it, everything else at the last token. None takes the whole round.
+    """
     served = round_.served
-    tpot = [request.tpot_s for request in served]
-    gaps = [request.itl_s() for request in served]
-    seconds = {
-        "ttft_ms": np.asarray([request.ttft_s for request in served]),
-        "tpot_ms": np.asarray([value for value in tpot if value is not None]),
-        "itl_ms": np.concatenate(gaps) if gaps else np.empty(0),
-        "e2el_ms": np.asarray([request.e2el_s for request in served]),
+    begun = [request for request in served if _is_within(request.first_s, span)]
+    ended = [request for request in served if _is_within(request.last_s, span)]
+    gaps = [_itl_within(request, span) for request in served]
+    seconds: dict[str, Sequence[float | None] | np.ndarray] = {
+        "ttft_ms": [request.ttft_s for request in begun],
+        "tpot_ms": [request.tpot_s for request in ended],
+        "itl_ms": np.concatenate(gaps) if gaps else [],
+        "e2el_ms": [request.e2el_s for request in ended],
+        "norm_latency_ms": [request.e2el_s / request.num_output_tokens for request in ended],
+        "max_gap_ms": [request.max_gap_s for request in ended],
     }
-    return {name: values.astype(np.float64) * 1e3 for name, values in seconds.items()}
+    return {
+        name: np.asarray([value for value in values if value is not None], dtype=np.float64) * 1e3
+        for name, values in seconds.items()
+    }
 
 
-def round_metrics(round_: RoundSample) -> dict[str, Any]:
-    """Compute every metric of one round.
+def _is_within(time_s: float | None, span: Span | None) -> bool:
+    return time_s is not None and (span is None or span[0] < time_s <= span[1])
+
+
+def _itl_within(request: RequestSample, span: Span | None) -> np.ndarray:
+    gaps = request.itl_s()
+    if span is None:
+        return gaps
+    ended_s = np.repeat(request.event_times_s()[1:], request.event_tokens[1:])
+    return gaps[(span[0] < ended_s) & (ended_s <= span[1])]
+
+
+def _output_tokens_within(request: RequestSample, span: Span | None) -> int:
+    if span is None:
+        return request.num_output_tokens
+    seen_s = request.event_times_s()
+    within = (span[0] < seen_s) & (seen_s <= span[1])
+    return int(np.asarray(request.event_tokens)[within].sum())
+
+
+def round_metrics(round_: RoundSample, span: Span | None = None) -> dict[str, Any]:
+    """Compute every metric of one round, or of a span of it.
+
+    Parameters
+    ----------
+    span
+        Count an output token when it is seen, a prompt at its request's first token, a request at
+        its last, and latencies as :func:`latency_samples_ms` does; rates are over the length of
+        the span. None takes the whole round.
 
     Returns
     -------
-    By name of ``METRICS``: a number, or None where the wall time is zero; a summary for the
-    latency metrics.
+    By name of ``METRICS``: a number, or None where the time is zero; a summary for the latency
+    metrics.
     """
     served = round_.served
-    num_output = sum(request.num_output_tokens for request in served)
-    num_prompt = sum(request.num_prompt_tokens for request in served)
+    num_output = sum(_output_tokens_within(request, span) for request in served)
+    begun = [request for request in served if _is_within(request.first_s, span)]
     counts = {
         "output_tok_s": num_output,
-        "total_tok_s": num_output + num_prompt,
-        "request_s": len(served),
+        "total_tok_s": num_output + sum(request.num_prompt_tokens for request in begun),
+        "request_s": sum(_is_within(request.last_s, span) for request in served),
     }
-    rates = {
-        name: count / round_.wall_s if round_.wall_s > 0 else None for name, count in counts.items()
-    }
-    latencies = {name: summarise(v) for name, v in latency_samples_ms(round_).items()}
+    length_s = round_.wall_s if span is None else span[1] - span[0]
+    rates = {name: count / length_s if length_s > 0 else None for name, count in counts.items()}
+    latencies = {name: summarise(v) for name, v in latency_samples_ms(round_, span).items()}
     return {**rates, **latencies}
 
 
@@ -353,48 +242,89 @@ def metrics_over_rounds(rounds: Sequence[RoundSample]) -> dict[str, dict[str, An
     By name: ``unit``, ``better``, and either ``value`` with ``per_round``, or the statistics with
     ``p50_per_round``. ``n`` is the sample of one round.
     """
-    per_round = [round_metrics(round_) for round_ in rounds]
+    return _over_rounds([round_metrics(round_) for round_ in rounds])
+
+
+def _over_rounds(per_round: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for name, metric in METRICS.items():
         row: dict[str, Any] = {"unit": metric.unit, "better": metric.better}
         found = [result[name] for result in per_round]
         if metric.is_distribution:
             for key in found[0] if found else ():
-                row[key] = _median([summary[key] for summary in found])
+                row[key] = median([summary[key] for summary in found])
             row["p50_per_round"] = [summary["p50"] for summary in found]
         else:
-            row["value"] = _median(found)
+            row["value"] = median(found)
             row["per_round"] = found
         table[name] = row
     return table
 
 
-def _median(values: Sequence[float | None]) -> float | None:
+def steady_metrics(rounds: Sequence[RoundSample]) -> dict[str, Any] | None:
+    """Compute the metrics over each round's steady window (see :func:`steady_window`).
+
+    Returns
+    -------
+    ``start_s``, ``end_s``, ``level`` and ``share`` (of the wall time), each the median over
+    rounds, and ``metrics`` as of :func:`metrics_over_rounds`. None where a round has no window.
+    """
+    windows = [steady_window(round_) for round_ in rounds]
+    known = [window for window in windows if window is not None]
+    if not known or len(known) < len(windows):
+        return None
+    pairs = list(zip(rounds, known, strict=True))
+    return {
+        "start_s": median([window.start_s for window in known]),
+        "end_s": median([window.end_s for window in known]),
+        "level": median([window.level for window in known]),
+        "share": median([(w.end_s - w.start_s) / r.wall_s for r, w in pairs]),
+        "metrics": _over_rounds([round_metrics(r, w.span) for r, w in pairs]),
+    }
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """Return the median of the values that are known, or None where none is."""
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
 
 
+LATE_SEND_S = 0.01
+"""A send is late where the backend took the request more than this after it was due."""
+
+
 def load_metrics(round_: RoundSample) -> dict[str, float | int | None]:
-    """What the load achieved: rates, requests in flight, queue.
+    """What the load achieved: rates, requests in flight, queue, late sends.
+
+    The backend takes requests between its steps, so under an open load it takes most of them a
+    little after they were due. Latency counts from when a request was due all the same, so no
+    wait is lost; the counts here say how far the traffic was from the one asked for.
 
     Returns
     -------
-    ``achieved_request_s``: served requests / wall. ``mean_in_flight``: sum of end-to-end times /
-    wall (Little's law). ``max_queue``: most requests that were released and had no token yet.
-    ``max_taken_late_s``: longest time that a released request waited for the backend to take it.
+    ``duration_s``: start of the load to the last token (the wall time). ``achieved_request_s``:
+    served requests / wall. ``sent_request_s``: requests taken / time of the last one taken, None
+    where that is the start. ``mean_in_flight``, ``max_in_flight``: requests released and not yet
+    ended, over the wall time; by Little's law the mean is served requests/s times the mean
+    end-to-end time. ``max_queue``: most requests that were released and had no token yet.
+    ``num_late_sends``: requests that the backend took more than ``LATE_SEND_S`` after their
+    release. ``max_taken_late_s``: longest time that a released request waited to be taken.
     """
-    served = round_.served
-    wall = round_.wall_s
-    steps = [(request.release_s, 1) for request in round_.requests]
-    steps += [(request.first_s, -1) for request in served if request.first_s is not None]
-    waiting = max_queue = 0
-    for _, step in sorted(steps):
-        waiting += step
-        max_queue = max(max_queue, waiting)
+    served, wall = round_.served, round_.wall_s
+    flights = [(r.release_s, r.last_s) for r in served if r.last_s is not None]
+    times, counts = counts_over_time(flights)
+    held = float(np.sum(np.diff(times) * counts[:-1])) if flights else 0.0
+    # A request that failed stays in the queue of those without a token.
+    queued = [(r.release_s, np.inf if r.first_s is None else r.first_s) for r in round_.requests]
     late = [request.taken_s - request.release_s for request in round_.requests]
+    last_taken = max((request.taken_s for request in round_.requests), default=0.0)
     return {
+        "duration_s": wall,
         "achieved_request_s": len(served) / wall if wall > 0 else None,
-        "mean_in_flight": sum(request.e2el_s for request in served) / wall if wall > 0 else None,
-        "max_queue": max_queue,
+        "sent_request_s": len(round_.requests) / last_taken if last_taken > 0 else None,
+        "mean_in_flight": held / wall if wall > 0 else None,
+        "max_in_flight": int(counts.max(initial=0)),
+        "max_queue": int(counts_over_time(queued)[1].max(initial=0)),
+        "num_late_sends": sum(value > LATE_SEND_S for value in late),
         "max_taken_late_s": max(late, default=0.0),
     }

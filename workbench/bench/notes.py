@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from workbench.bench.metrics import LATE_SEND_S
 from workbench.bench.records import Record
 
 _SHOWN_DETAILS = ("batch_size", "max_num_seqs", "block_size", "num_threads")
@@ -25,7 +26,15 @@ def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list
     """
     lines: list[Note] = []
     for number, record in enumerate(records, start=1):
-        parts = [*_what(record), *_against(record), *_host(record), *_kv(record)]
+        parts = [
+            *_what(record),
+            *_against(record),
+            *_load(record),
+            *_steady(record),
+            *_objective(record),
+            *_host(record),
+            *_kv(record),
+        ]
         if with_evidence and record.evidence:
             found = ", ".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
             parts.append(f"evidence {found}")
@@ -82,6 +91,54 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def _load(record: Record) -> list[str]:
+    """What became of an open load, and of a declared hit rate."""
+    load, metrics = record.load, record.metrics or {}
+    parts = []
+    if load.get("target_request_s") is not None and metrics:
+        late = ""
+        if load["num_late_sends"]:
+            late = (
+                f", {load['num_late_sends']:.0f} more than {1e3 * LATE_SEND_S:.0f} ms late"
+                f" (worst {1e3 * load['max_taken_late_s']:.0f} ms)"
+            )
+        parts.append(
+            f"sent {load['sent_request_s']:.3g} of {load['target_request_s']:.3g} req/s{late}; "
+            f"served {load['achieved_request_s']:.3g} req/s, {load['mean_in_flight']:.3g} in "
+            f"flight on average, {load['max_in_flight']:.0f} at most; TTFT p99 "
+            f"{metrics['ttft_ms']['p99']:,.0f} ms"
+        )
+    declared, achieved = load.get("declared_hit_rate"), load.get("hit_rate")
+    if declared is not None and achieved is not None:
+        parts.append(f"prefix hits {100 * achieved:.1f} % (declared {100 * declared:g} %)")
+    elif achieved:
+        parts.append(f"prefix hits {100 * achieved:.1f} %")
+    return parts
+
+
+def _steady(record: Record) -> list[str]:
+    if record.steady is None:
+        return []
+    speed = record.steady["metrics"]["output_tok_s"]["value"]
+    share = record.steady["share"]
+    if speed is None:
+        return []
+    return [f"steady window {100 * share:.0f} % of the run, {speed:,.4g} tok/s in it"]
+
+
+def _objective(record: Record) -> list[str]:
+    """The bounds, and the share of requests that met each."""
+    if record.slo is None:
+        return []
+    names = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2e_ms": "E2E"}
+    parts = []
+    for key, bound in record.slo["bounds"].items():
+        share = record.slo["share_met_by"][key]
+        met = "" if share is None else f" met by {100 * share:.1f} %"
+        parts.append(f"{names[key]} up to {bound:g} ms{met}")
+    return ["objective " + ", ".join(parts)]
+
+
 def _host(record: Record) -> list[str]:
     """Host time a step, with its largest parts."""
     counters = record.counters
@@ -123,8 +180,15 @@ def _general(records: Sequence[Record]) -> list[str]:
     measured = [record for record in records if record.metrics is not None]
     if measured:
         lines.append(
-            "Medians over rounds of the same requests, variants alternated; TTFT counts from the "
-            "request's release, so it includes queueing."
+            "Medians over rounds of the same requests, variants alternated, ramp and drain "
+            "included unless a note says steady; TTFT counts from the request's release, so it "
+            "includes queueing."
+        )
+    if any(record.load.get("target_request_s") is not None for record in measured):
+        lines.append(
+            "An open load: requests are released at their times, however late the backend takes "
+            "them, and latency counts from there. The arrivals set the rate, so compare latency "
+            "and goodput; output tok/s differ only where a row did not keep up."
         )
     ceilings: dict[str, Any] = next((r.ceilings for r in records if r.ceilings), {}) or {}
     shares = [r.roofline["mbu"] for r in measured if r.roofline and r.roofline.get("mbu")]
@@ -148,11 +212,16 @@ def _unstable(records: Sequence[Record]) -> list[Note]:
         names = sorted(record.unstable_counters)
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            is_open = record.load.get("target_request_s") is not None
+            why = (
+                "arrivals by the clock decide what runs together"
+                if is_open
+                else "it does not run deterministically"
+            )
             lines.append(
                 (
                     str(number),
-                    f"counts differ between rounds: {', '.join(names[:3])}{more}; "
-                    "it does not run deterministically.",
+                    f"counts differ between rounds: {', '.join(names[:3])}{more}; {why}.",
                 )
             )
     return lines

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from workbench.bench.gates import PASSED, Verdict
+from workbench.bench.gates import COUNTED, PASSED, Verdict
 from workbench.bench.jsonsafe import plain, to_json
 from workbench.bench.metrics import RoundSample
 
@@ -33,7 +33,17 @@ STATUSES: dict[str, str] = {
     "UNSUPPORTED": "this machine, library or model cannot run it",
     "INTERRUPTED": "stopped by the user; what was measured by then is kept",
 }
-_SPEED_FIELDS = ("metrics", "speedup", "ci95", "p_value", "compared", "roofline", "samples")
+_SPEED_FIELDS = (
+    "metrics",
+    "steady",
+    "slo",
+    "speedup",
+    "ci95",
+    "p_value",
+    "compared",
+    "roofline",
+    "samples",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +56,14 @@ class Record:
         From ``STATUSES``; the message of the failure, and where it was raised.
     verdict
         Of the correctness and evidence gates.
-    metrics, speedup, ci95, p_value, compared, word, roofline, samples
+    metrics, steady, slo, speedup, ci95, p_value, compared, word, roofline, samples
         Speed; None (samples: empty) unless the verdict passed. ``speedup`` is the variant's
         output tok/s over that of ``baseline``, paired by round; ``word`` is the most that may be
-        said of it.
+        said of it. ``metrics`` are of whole rounds, ramp and drain included.
+    steady
+        The same metrics over the steady window, and where it lies; None where there is none.
+    slo
+        Bounds that the run was judged by, and goodput; None for a run without any.
     compared
         The same comparison with every variant of kind ``baseline``, by name.
     baseline, baseline_id
@@ -87,6 +101,8 @@ class Record:
     gate: dict[str, Any] = field(default_factory=dict)
     num_rounds: int = 0
     metrics: dict[str, Any] | None = None
+    steady: dict[str, Any] | None = None
+    slo: dict[str, Any] | None = None
     speedup: float | None = None
     ci95: tuple[float, float] | None = None
     p_value: float | None = None
@@ -113,7 +129,8 @@ class Record:
                     f"variant {self.variant!r} has verdict {self.verdict}, so its speed is void; "
                     f"it must not carry {', '.join(kept)}."
                 )
-        if (self.status == "OK") != (self.verdict in PASSED) and self.status != "INTERRUPTED":
+        may_be_ok = self.verdict in (*PASSED, COUNTED)
+        if (self.status == "OK") != may_be_ok and self.status != "INTERRUPTED":
             raise ValueError(f"status {self.status} cannot go with verdict {self.verdict}.")
         if self.speedup is not None and self.baseline is None:
             raise ValueError("a speed-up must name its baseline.")

@@ -11,8 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from workbench.bench.gates import PASSED
+from workbench.bench.gates import COUNTED, PASSED
 from workbench.bench.jsonsafe import plain
+from workbench.bench.metrics import METRICS
 from workbench.bench.notes import footnotes
 from workbench.bench.records import Record
 from workbench.bench.run import VariantResult
@@ -23,13 +24,15 @@ _WIDE, _TIGHT = 110, 76
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A column of the table, shown on consoles of at least ``min_console_width`` columns."""
+    """A column of the table, shown on consoles of at least ``min_console_width`` columns, and with
+    ``needs_slo`` only where a row was judged by an objective."""
 
     key: str
     header: str
     is_number: bool = True
     is_foldable: bool = False
     min_console_width: int = 0
+    needs_slo: bool = False
 
 
 _COLUMNS = (
@@ -38,6 +41,7 @@ _COLUMNS = (
     _Column("ttft_ms", "TTFT\np50 ms", min_console_width=_TIGHT),
     _Column("tpot_ms", "TPOT\np50 ms"),
     _Column("itl_ms", "ITL ms\np50/p99", min_console_width=_WIDE),
+    _Column("goodput", "goodput\nreq/s, met", needs_slo=True),
     _Column("memory", "peak\nmemory", min_console_width=_TIGHT),
     _Column("mbu", "MBU\n%", min_console_width=_WIDE),
     _Column("speedup", "speed-up\n[95 % interval]", is_number=False),
@@ -69,7 +73,8 @@ def print_table(results: Sequence[VariantResult | Record], console: Console | No
 def render_table(results: Sequence[VariantResult | Record], width: int = 120) -> RenderableType:
     """Build the table and its footnotes for a console of ``width`` columns."""
     records = records_of(results)
-    shown = [c for c in _COLUMNS if width >= c.min_console_width]
+    has_slo = any(record.slo for record in records)
+    shown = [c for c in _COLUMNS if width >= c.min_console_width and (has_slo or not c.needs_slo)]
     table = Table(
         title=_title(records),
         title_justify="left",
@@ -107,12 +112,23 @@ def _title(records: Sequence[Record]) -> str:
     load: dict[str, Any] = next((r.load["settings"] for r in records if r.load.get("settings")), {})
     parts = [f"workload {first.workload.get('name', '?')}"]
     if load:
-        kept = [f"{key} {value}" for key, value in load.items() if key not in ("name",)]
-        parts.append(f"load {load.get('name', '?')} ({', '.join(kept).replace('num_', '')})")
+        parts.append(f"load {load_label(load)}")
     hardware = first.environment.get("hardware_slug")
     if hardware:
         parts.append(hardware)
     return " · ".join(parts)
+
+
+def load_label(settings: Mapping[str, Any]) -> str:
+    """Write the settings of a load in one line; what is unset or follows from them is left out."""
+    kept = [
+        f"{key.removeprefix('num_')} {value:g}"
+        if isinstance(value, float)
+        else f"{key.removeprefix('num_')} {value}"
+        for key, value in settings.items()
+        if key not in ("name", "target_request_s") and value is not None
+    ]
+    return f"{settings.get('name', '?')} ({', '.join(kept)})"
 
 
 def _cells(record: Record, number: int) -> dict[str, Text]:
@@ -126,12 +142,21 @@ def _cells(record: Record, number: int) -> dict[str, Text]:
         "ttft_ms": Text(quantity(_value(metrics, "ttft_ms", "p50"))),
         "tpot_ms": Text(quantity(_value(metrics, "tpot_ms", "p50"))),
         "itl_ms": Text("/".join(itl) if metrics else _NONE),
+        "goodput": Text(_goodput(record)),
         "memory": Text(byte_size(memory)),
         "mbu": Text(_NONE if mbu is None else f"{100 * mbu:.0f}"),
         "speedup": _speedup_cell(record),
         "verdict": _verdict_cell(record),
         "evidence": Text(_evidence(record)),
     }
+
+
+def _goodput(record: Record) -> str:
+    if record.slo is None:
+        return _NONE
+    share = record.slo["share_met"]
+    met = _NONE if share is None else f"{100 * share:.0f} %"
+    return f"{quantity(record.slo['goodput_request_s'])}\n{met}"
 
 
 def _value(metrics: Mapping[str, Any], name: str, key: str = "value") -> float | None:
@@ -171,6 +196,8 @@ def _speedup_cell(record: Record) -> Text:
 
 
 def _verdict_cell(record: Record) -> Text:
+    if record.verdict == COUNTED:
+        return Text(record.verdict)
     if record.verdict not in PASSED:
         status = "" if record.status.startswith(record.verdict) else f"\n{record.status}"
         return Text(f"{record.verdict}{status}", style="bold red")
@@ -201,7 +228,7 @@ def exit_status(results: Sequence[VariantResult | Record]) -> int:
     return 0 if results and is_passed and is_stored else 1
 
 
-_LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+_LATENCIES = tuple(name for name, metric in METRICS.items() if metric.is_distribution)
 
 
 def to_document(
@@ -258,7 +285,10 @@ def _variant_document(record: Record) -> dict[str, Any]:
     for name in _LATENCIES:
         keys = ("mean", "std", "p50", "p90", "p95", "p99", "n")
         document[name] = {key: _value(metrics, name, key) for key in keys}
+    if record.slo is not None:
+        document["slo"] = record.slo
     document |= {
+        "steady": record.steady,
         "peak_memory_bytes": (record.memory or {}).get("peak_memory_bytes"),
         "memory": record.memory,
         "roofline": record.roofline,

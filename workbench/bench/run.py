@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,100 +29,33 @@ from workbench.bench.gates import (
     check_evidence,
     check_exact,
 )
+from workbench.bench.hit_rate import achieved_hit_rate, check_hit_rate
 from workbench.bench.load import LoadGenerator
 from workbench.bench.metrics import RoundSample, collect
 from workbench.bench.progress import NoProgress, Progress
 from workbench.bench.records import Record, ResultStore, defer_interrupt
 from workbench.bench.roofline import Ceilings
+from workbench.bench.settings import BenchSettings, Variant
 from workbench.core.backend import Backend, BackendInfo, MemoryLedger, TokenEvent
 from workbench.core.errors import UnsupportedError, WorkbenchError
 from workbench.core.memory import MemoryProbe
 from workbench.core.workload import WorkloadRequest
 
+__all__ = [
+    "BenchSettings",
+    "Check",
+    "LoadFactory",
+    "ReferenceFn",
+    "RoundTimeout",
+    "Variant",
+    "VariantResult",
+    "run_bench",
+]
+
 LoadFactory = Callable[[Sequence[WorkloadRequest]], LoadGenerator]
 ReferenceFn = Callable[[Sequence[WorkloadRequest]], Outputs]
 Check = Callable[[Outputs, Outputs, BackendInfo], GateResult]
 """``(outputs, reference, info) -> GateResult``: the gate of a losslessness class but ``exact``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One row of the table.
-
-    Attributes
-    ----------
-    build
-        Makes the backend; called once, or once a round with ``residency="one"``.
-    baseline
-        Name of the variant that its speed is compared with.
-    losslessness
-        ``exact``, ``distributional`` or ``lossy``: which gate its outputs must pass.
-    techniques
-        Marker by technique name; ``evidence`` lists the counters that must be above zero.
-    kind
-        ``baseline`` or ``engine``.
-    """
-
-    name: str
-    build: Callable[[], Backend]
-    baseline: str | None = None
-    losslessness: str = "exact"
-    techniques: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    kind: Literal["baseline", "engine"] = "engine"
-    resolved_config: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSettings:
-    """How to measure.
-
-    Attributes
-    ----------
-    rounds, rounds_for
-        Rounds a variant; ``rounds_for`` overrides by variant name or by kind, so that a slow
-        baseline may run fewer. Fewer than three show no difference, whatever they measure.
-    warmup, warmup_tokens
-        Requests that warm a variant up and their output tokens at most. None: as many as the load
-        keeps in flight.
-    epsilon
-        Logit margin under which a divergence counts as a tie where ties are allowed.
-    timeout_s
-        Limit of one round, noticed at its next token; None for no limit.
-    residency
-        ``all`` keeps every variant built, ``one`` builds and closes it in each round, for devices
-        that hold one at a time.
-    expected_errors
-        Requests that the workload sends in order to see them refused.
-    resamples, seed
-        Of the bootstrap.
-    """
-
-    rounds: int = 3
-    rounds_for: Mapping[str, int] = field(default_factory=dict)
-    warmup: int | None = None
-    warmup_tokens: int = 4
-    epsilon: float = 0.0
-    timeout_s: float | None = None
-    residency: Literal["all", "one"] = "all"
-    expected_errors: frozenset[str] = frozenset()
-    resamples: int = 4000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be followed."""
-        for what, rounds in {"rounds": self.rounds, **self.rounds_for}.items():
-            if rounds < 1:
-                raise ValueError(f"rounds for {what!r} is {rounds}; it must be at least 1.")
-        if self.residency not in ("all", "one"):
-            raise ValueError(f"unknown residency {self.residency!r}. Valid: all, one.")
-        if self.warmup is not None and self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be 0 or more.")
-        if self.warmup_tokens < 1:
-            raise ValueError(f"warmup_tokens is {self.warmup_tokens}; it must be at least 1.")
-
-    def rounds_of(self, variant: Variant) -> int:
-        """Rounds that ``variant`` runs."""
-        return self.rounds_for.get(variant.name, self.rounds_for.get(variant.kind, self.rounds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +115,8 @@ def run_bench(
     checks
         Gate by losslessness class, for those but ``exact``. A class without one is INVALID.
     workload
-        ``name``, ``digest`` and settings of the workload, for the record.
+        ``name``, ``digest`` and settings of the workload, for the record; a
+        ``declared_hit_rate`` in it must be reached by every variant with a prefix cache.
     store
         Where the records go; None keeps them in memory.
     ceilings
@@ -206,6 +140,7 @@ def run_bench(
     settings = settings or BenchSettings()
     _check_request(variants, requests)
     job = _Job(requests, load_factory, settings, margin_fn, dict(checks or {}), clock)
+    job.declared_hit_rate = (workload or {}).get("declared_hit_rate")
     job.progress = progress or NoProgress()
     states = [VariantState(variant, settings.rounds_of(variant)) for variant in variants]
     run_id = f"{datetime.now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -293,6 +228,7 @@ class _Job:
         self.clock = clock
         self.progress: Progress = NoProgress()
         self.reference: Outputs = {}
+        self.declared_hit_rate: float | None = None
 
     @property
     def _servable(self) -> list[WorkloadRequest]:
@@ -354,12 +290,13 @@ class _Job:
         state.num_warmups = num_warm
         if not num_warm:
             return
+        most = self.settings.warmup_tokens
         short = [
-            replace(request, max_tokens=min(request.max_tokens, self.settings.warmup_tokens))
+            replace(request, max_tokens=min(request.max_tokens, most), after=None)
             for request in self._servable[:num_warm]
         ]
         self.progress.begin(f"{state.variant.name} · warm-up", len(short), self.clock())
-        self._serve(state.backend, short)
+        self._serve(state.backend, self.load_factory(self.requests).for_warmup(short))
 
     def _num_warmups(self, info: BackendInfo) -> int:
         """As many as asked for, or as the load and the backend have in flight together."""
@@ -372,10 +309,9 @@ class _Job:
         return min(most, len(self._servable))
 
     def _serve(
-        self, backend: Backend, requests: Sequence[WorkloadRequest]
-    ) -> tuple[list[TokenEvent], LoadGenerator, float, float]:
-        """Run the backend over a fresh load; its events, the load, start and end."""
-        load = self.load_factory(requests)
+        self, backend: Backend, load: LoadGenerator
+    ) -> tuple[list[TokenEvent], float, float]:
+        """Run the backend over a fresh load; its events, start and end."""
         events: list[TokenEvent] = []
         limit, progress = self.settings.timeout_s, self.progress
         start_s = self.clock()
@@ -390,7 +326,7 @@ class _Job:
         # work (garbage, a manager of its own) is no part of serving.
         backend.run(load, load.watch(on_event))
         end_s = self.clock()
-        return events, load, end_s if load.start_s is None else load.start_s, end_s
+        return events, end_s if load.start_s is None else load.start_s, end_s
 
     def _measure(self, state: VariantState, index: int) -> None:
         backend = state.backend
@@ -398,7 +334,8 @@ class _Job:
         gc.collect(1)  # young garbage of one variant is not swept on the clock of the next
         probe = MemoryProbe(state.info.device)
         probe.reset_peak()
-        events, load, start_s, end_s = self._serve(backend, self.requests)
+        load = self.load_factory(self.requests)
+        events, start_s, end_s = self._serve(backend, load)
         ledger = backend.memory() or MemoryLedger(
             predicted={},
             measured_peak_bytes=max(0, probe.peak_bytes() - state.base_bytes),
@@ -423,6 +360,7 @@ class _Job:
         if index == 0:
             state.outputs, state.load_settings = outputs, load.describe()
             state.info = backend.info()  # some only know what they used once they have run
+        state.target_request_s = load.target_request_s
         state.rounds.append(sample)
         state.counters.append(counters)
         state.ledgers.append(ledger)
@@ -436,6 +374,10 @@ class _Job:
     ) -> tuple[dict[str, float], GateResult]:
         """Every gate, the output's first: evidence found, and the verdict."""
         evidence, no_evidence = check_evidence(state.variant.techniques, counters)
+        if no_evidence is not None and self.declared_hit_rate == 0:
+            # No hit is what such a workload is for; the hit rate's own gate stands for the proof.
+            rest = {k: v for k, v in state.variant.techniques.items() if not _caches_prefixes(v)}
+            no_evidence = check_evidence(rest, counters)[1]
         errors = {r.request_id: r.error for r in sample.requests if r.error is not None}
         refused = check_errors(errors, self.settings.expected_errors)
         if refused is not None:
@@ -444,8 +386,12 @@ class _Job:
         # The same tokens as in a round that passed need no second look.
         is_known = state.gate is not None and state.outputs == outputs
         gate = state.gate if is_known and state.gate else self._check_outputs(state, served)
+        hit_rate = achieved_hit_rate(counters, sum(r.num_prompt_tokens for r in sample.served))
+        state.hit_rates.append(hit_rate)
         if gate.is_passed and no_evidence is not None:
             return evidence, no_evidence
+        if gate.is_passed and state.variant.has_prefix_cache:
+            return evidence, check_hit_rate(self.declared_hit_rate, hit_rate) or gate
         return evidence, gate
 
     def _check_outputs(self, state: VariantState, served: Outputs) -> GateResult:
@@ -470,6 +416,10 @@ class _Job:
                 f"judged. Checks at hand: {known}.",
             )
         return check(served, self.reference, state.info)
+
+
+def _caches_prefixes(marker: Mapping[str, Any]) -> bool:
+    return "prefix_cache" in marker.get("slots", {})
 
 
 def _held_bytes() -> dict[str, int]:

@@ -27,6 +27,8 @@ class WorkloadRequest:
         Generate ``max_tokens`` tokens whatever the model says.
     prefix_group
         Requests with the same group share a prefix.
+    after
+        Id of the request whose end this one waits for, as the next turn of a conversation does.
     """
 
     request_id: str
@@ -37,3 +39,4 @@ class WorkloadRequest:
     prompt_text: str | None = None
     ignore_eos: bool = True
     prefix_group: str | None = None
+    after: str | None = None

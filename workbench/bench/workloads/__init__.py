@@ -15,6 +15,7 @@ from workbench.bench.workloads.files import (
     SpecBenchWorkload,
 )
 from workbench.bench.workloads.readers import WorkloadFileError
+from workbench.bench.workloads.sharing import MultiTurnWorkload, PrefixHitsWorkload
 from workbench.bench.workloads.shipped import TextWorkload, shipped_categories
 from workbench.bench.workloads.synthetic import (
     FixedWorkload,
@@ -34,7 +35,9 @@ __all__ = [
     "MixedWorkload",
     "MooncakeWorkload",
     "MtBenchWorkload",
+    "MultiTurnWorkload",
     "Nano256Workload",
+    "PrefixHitsWorkload",
     "SharedPrefixWorkload",
     "SpecBenchWorkload",
     "TextWorkload",

@@ -55,6 +55,11 @@ class Workload(ABC):
         """Short name for tables and records."""
         return self._name
 
+    @property
+    def declared_hit_rate(self) -> float | None:
+        """Share of the prompt tokens that a prefix cache must have found; None for no promise."""
+        return None
+
     @abstractmethod
     def _build(self, seed: int, tokenizer: Any, vocab_size: int) -> Iterable[WorkloadRequest]:
         """Yield the requests in order of arrival; put what the user should know in ``_notes``."""
@@ -148,15 +153,19 @@ class Workload(ABC):
     def digest(requests: Sequence[WorkloadRequest]) -> str:
         """Return a SHA-256 over what the backends are asked to do, alike on every machine.
 
-        It covers prompt ids, ``max_tokens``, ``ignore_eos`` and arrival times, in order; ids and
-        categories of requests do not count. Two runs compare only if their digests are equal.
+        It covers prompt ids, ``max_tokens``, ``ignore_eos``, arrival times and which request waits
+        for which, in order; ids and categories of requests do not count. Two runs compare only if
+        their digests are equal.
         """
         digest = hashlib.sha256(b"workload 1\n")
+        places = {request.request_id: place for place, request in enumerate(requests)}
         for request in requests:
             ids = np.asarray(request.prompt_token_ids, dtype="<i8")
             head = (ids.size, request.max_tokens, request.arrival_s, request.ignore_eos)
             digest.update(struct.pack("<qqd?", *head))
             digest.update(ids.tobytes())
+            if request.after is not None:
+                digest.update(struct.pack("<5sq", b"after", places[request.after]))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -165,12 +174,15 @@ class Workload(ABC):
         Returns
         -------
         dict
-            ``name``; ``config``, the settings; ``built``, what the last call of :meth:`requests`
-            made of them (empty before the first): number of requests, tokens, and what was
-            clamped, clipped, left out or overlong.
+            ``name``; ``declared_hit_rate``, where there is one; ``config``, the settings;
+            ``built``, what the last call of :meth:`requests` made of them (empty before the
+            first): number of requests, tokens, and what was clamped, clipped, left out or
+            overlong.
         """
         config = {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.init}
-        return {"name": self.name, "config": config, "built": dict(self._notes)}
+        rate = self.declared_hit_rate
+        declared = {} if rate is None else {"declared_hit_rate": rate}
+        return {"name": self.name, **declared, "config": config, "built": dict(self._notes)}
 
 
 def _plain(value: Any) -> Any:

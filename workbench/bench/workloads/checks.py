@@ -57,6 +57,12 @@ def require_positive(key: str, value: Any) -> None:
         raise ConfigError(f"{key} is {value!r}; valid: a finite number above 0.")
 
 
+def require_share(key: str, value: Any) -> None:
+    """Refuse anything but a number from 0 up to below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{key} is {value!r}; valid: a number from 0 up to below 1.")
+
+
 def require_choice(key: str, value: Any, valid: Iterable[str]) -> None:
     """Refuse anything but one of the ``valid`` names."""
     names = tuple(valid)

@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from os import PathLike
@@ -18,6 +18,7 @@ import numpy as np
 from workbench.bench.workloads.base import Workload
 from workbench.bench.workloads.checks import require_optional_int, require_positive
 from workbench.bench.workloads.readers import Row, find_file, read_csv, read_jsonl
+from workbench.bench.workloads.sharing import infinite_cache_hits
 from workbench.core.errors import ConfigError
 from workbench.core.workload import WorkloadRequest
 
@@ -138,8 +139,13 @@ class MooncakeWorkload(TraceWorkload):
     each block of 512 prompt tokens. The same hash id gives the same ids, so a prefix cache hits
     what the recorded one could have hit. ``length_scale`` shrinks the blocks too: 0.03125 makes
     blocks of 16 tokens and keeps the sharing exactly (Qin et al.,
-    https://arxiv.org/abs/2407.00079).
+    https://arxiv.org/abs/2407.00079). :meth:`describe` tells the hit rate of a cache of endless
+    size, over what is left after scaling and clipping.
     """
+
+    _hash_ids: dict[str, list[int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     _name: ClassVar[str] = "mooncake"
     _time_field: ClassVar[str] = "timestamp"
@@ -161,6 +167,28 @@ class MooncakeWorkload(TraceWorkload):
     def block_tokens(self) -> int:
         """Tokens that one hash id stands for, after scaling."""
         return int(MOONCAKE_BLOCK_TOKENS * self.length_scale)
+
+    def requests(
+        self,
+        seed: int,
+        tokenizer: Any = None,
+        vocab_size: int = 0,
+        max_model_len: int | None = None,
+    ) -> list[WorkloadRequest]:
+        """Build the requests (see :meth:`Workload.requests`), and note what a cache could find."""
+        self._hash_ids.clear()
+        kept = super().requests(seed, tokenizer, vocab_size, max_model_len)
+        hits = infinite_cache_hits(self._blocks_of(request) for request in kept)
+        self._notes["infinite_cache_hit_rate"] = hits.to_dict()
+        self._hash_ids.clear()
+        return kept
+
+    def _blocks_of(self, request: WorkloadRequest) -> tuple[list[int], list[int]]:
+        """Hash id and length of each block of the prompt, cut as the prompt was."""
+        num_tokens = len(request.prompt_token_ids)
+        starts = range(0, num_tokens, self.block_tokens)
+        lengths = [min(self.block_tokens, num_tokens - start) for start in starts]
+        return self._hash_ids[request.request_id][: len(lengths)], lengths
 
     def _rows(self) -> Iterator[Row]:
         self._notes["block_tokens"] = self.block_tokens
@@ -186,8 +214,10 @@ class MooncakeWorkload(TraceWorkload):
             )
         input_len = self._clip("input", self._scaled(recorded), self.max_input_len)
         output_len = self._scaled(row.integer("output_length", 1))
+        request_id = f"mooncake-{index:06d}"
+        self._hash_ids[request_id] = hash_ids
         return WorkloadRequest(
-            request_id=f"mooncake-{index:06d}",
+            request_id=request_id,
             prompt_token_ids=self._prompt(hash_ids, input_len, source),
             max_tokens=self._clip("output", output_len, self.max_output_len),
             arrival_s=arrival_s,
