@@ -1,10 +1,9 @@
-"""Contracts of policy, admission, eviction, prefill, loop and executor."""
+"""Contracts of policy, admission, prefill, loop and executor."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
 
@@ -79,17 +78,6 @@ def test_reserve_full_reserves_all_that_a_request_may_become() -> None:
     assert [admission.reserve_tokens(r) for r in some_requests()] == [
         r.num_prompt_tokens + r.sampling.max_tokens for r in some_requests()
     ]
-
-
-@pytest.mark.parametrize("option", options_of("engine/eviction"))
-def test_eviction_priorities_sort(option: str) -> None:
-    eviction = component("eviction", option)
-    entries = [
-        SimpleNamespace(last_used=a, num_hits=b, inserted=c)
-        for a, b, c in itertools.product(range(3), repeat=3)
-    ]
-    priorities = [eviction.priority(entry) for entry in entries]
-    assert len(sorted(priorities)) == len(entries)
 
 
 @pytest.mark.parametrize("option", options_of("engine/prefill"))

@@ -42,7 +42,8 @@ class Published:
         The request's prefix as the cache holds it now, locked for the request.
     taken
         Those of the request's blocks that belong to the cache from now on. Blocks whose tokens the
-        cache held already are not among them: they stay the request's own.
+        cache holds already are taken only where nobody reads the cached ones, which are then given
+        up first; else they stay the request's own. So publishing never lowers ``num_evictable``.
     """
 
     match: PrefixMatch
@@ -93,8 +94,8 @@ class PrefixCache(Component):
         """Keep the match's blocks from eviction; counts as a use of them."""
 
     @abstractmethod
-    def unlock(self, match: PrefixMatch) -> None:
-        """Undo one ``lock``."""
+    def unlock(self, match: PrefixMatch, used: bool = True) -> None:
+        """Undo one ``lock``; what it counted too where the match was not used after all."""
 
     @abstractmethod
     def insert(
@@ -136,7 +137,7 @@ class NoPrefixCache(PrefixCache):
 
     def lock(self, match: PrefixMatch) -> None: ...
 
-    def unlock(self, match: PrefixMatch) -> None: ...
+    def unlock(self, match: PrefixMatch, used: bool = True) -> None: ...
 
     def insert(
         self, request: Request, block_ids: list[int], num_tokens: int, held: PrefixMatch
