@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from workbench.bench.metrics import latency_samples_ms
 from workbench.bench.records import Record, ResultStore
-from workbench.bench.report import load_label, quantity, records_of
+from workbench.bench.report import evidence_lines, load_label, quantity, records_of
 from workbench.bench.run import VariantResult
 
 # Okabe and Ito (2008): told apart with every common colour blindness; the last ones need lines.
@@ -187,13 +187,12 @@ def _wrapped(name: str) -> str:
 def _annotate(axes: Axes, record: Record, index: int, speed: float, x: float) -> None:
     text = f"{quantity(speed)}  {record.verdict}"
     if record.speedup is not None:
-        text += f"  {record.speedup:.2f}x {record.baseline}: {record.word}"
+        text += f"  {record.speedup:.2f}x ({record.word})"
     elif record.status == "INTERRUPTED":
         text += "  INTERRUPTED"
-    shown = list(record.evidence.items())[:_MAX_EVIDENCE]
-    rest = len(record.evidence) - len(shown)
-    lines = [f"{name} {value:,.6g}" for name, value in shown] + ([f"+{rest}"] if rest else [])
-    rows = [", ".join(lines[i : i + 2]) for i in range(0, len(lines), 2)]
+    lines = evidence_lines(record)
+    rest = len(lines) - _MAX_EVIDENCE
+    rows = lines[:_MAX_EVIDENCE] + ([f"and {rest} more"] if rest > 0 else [])
     # Long texts may leave the axes, but must not squeeze them.
     axes.text(x, index - (0.16 if rows else 0), text, va="center", fontsize=8.5, in_layout=False)
     axes.text(
@@ -249,9 +248,7 @@ def _legend(figure: Figure, records: Sequence[Record]) -> None:
     drawn = [(i, record) for i, record in enumerate(records) if record.metrics is not None]
     if not drawn:
         return
-    handles = [
-        Line2D([], [], color=_colour(i), ls=LINES[i % len(LINES)], lw=1.8) for i, _ in drawn
-    ]
+    handles = [Line2D([], [], color=_colour(i), ls=LINES[i % len(LINES)], lw=1.8) for i, _ in drawn]
     labels = [record.variant for _, record in drawn]
     figure.legend(
         handles,

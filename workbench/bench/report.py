@@ -210,10 +210,20 @@ def _verdict_cell(record: Record) -> Text:
     return cell
 
 
+def evidence_lines(record: Record) -> list[str]:
+    """Each counter that proves a technique ran, by its short name; the record has the whole."""
+    return [
+        f"{name.rpartition('.')[2]} {value:,.0f}"
+        if float(value).is_integer()
+        else f"{name.rpartition('.')[2]} {value:,.3g}"
+        for name, value in record.evidence.items()
+    ]
+
+
 def _evidence(record: Record) -> str:
     if not record.evidence:
         return _NONE if record.techniques else ""
-    shown = [f"{name} {value:,.6g}" for name, value in record.evidence.items()]
+    shown = evidence_lines(record)
     rest = len(shown) - _MAX_EVIDENCE
     return "\n".join(shown[:_MAX_EVIDENCE] + ([f"and {rest} more"] if rest > 0 else []))
 
