@@ -1,7 +1,7 @@
 """``build_engine``: the only place that instantiates components, in a fixed order.
 
-platform -> model (linear, adapters, parallel) -> memory plan -> KV manager and pool -> attention ->
-graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
+platform -> model (linear, adapters, parallel) -> memory plan -> KV manager, pool and host tier ->
+attention -> graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
 Each constructor gets its own config and the runtime objects it names; none gets the whole config.
 """
 
@@ -20,6 +20,7 @@ import kernels
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
 from workbench.core.step import StepRecord
 from workbench.engine.engine import Engine, EngineParts
+from workbench.engine.host_pool import HostPool
 from workbench.engine.ledger import Ledger
 from workbench.engine.model_runner import ModelRunner, RunnerParts
 from workbench.engine.request_table import RequestTable
@@ -31,6 +32,7 @@ from workbench.models.spec import ModelSpec
 from workbench.slots.component import Component
 from workbench.slots.drafter import Drafter
 from workbench.slots.kv_cache import KVCacheManager
+from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.platform import Platform
 from workbench.slots.scheduler import SchedulerParts
@@ -242,7 +244,7 @@ def build_engine(config: EngineConfig) -> Engine:
     probe.trim()
     max_model_len = _resolve_model_len(config.limits, decoder.spec)
     runner = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
-    scheduler = _build_scheduler(builder, config.limits, max_model_len, _block_bytes(runner))
+    scheduler = _build_scheduler(builder, config.limits, max_model_len)
     probe.trim()
     ledger = Ledger(
         probe,
@@ -285,8 +287,12 @@ def check_engine(config: EngineConfig) -> None:
     _build_speculation(builder)
     kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
     bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
-    block_bytes = kv_cache.block_size * bytes_per_token
-    _build_scheduler(builder, config.limits, max_model_len, block_bytes)
+    builder.build(
+        "kv_offload",
+        bytes_per_block=kv_cache.block_size * bytes_per_token,
+        num_device_blocks=kv_cache.num_blocks,
+    )
+    _build_scheduler(builder, config.limits, max_model_len)
 
 
 def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
@@ -317,6 +323,11 @@ def _build_runner(
         block_size=kv_cache.block_size,
         device=platform.device,
     )
+    offload: KVOffload = builder.build(
+        "kv_offload",
+        bytes_per_block=pool.num_bytes // (pool.num_blocks + 1),
+        num_device_blocks=pool.num_blocks,
+    )
     attention = builder.build("attention")
     _require(
         attention.unsupported_reasons(decoder.spec.attention_layers, pool),
@@ -334,6 +345,7 @@ def _build_runner(
             model=decoder,
             table=table,
             pool=pool,
+            host_pool=HostPool(pool, offload.num_host_blocks),
             attention=attention,
             graph_runner=builder.build("graph_runner"),
             sampler=builder.build("sampler"),
@@ -380,22 +392,16 @@ def _build_kv_cache(
     return manager
 
 
-def _block_bytes(runner: ModelRunner) -> int:
-    pool = runner.parts.pool
-    return pool.num_bytes // (pool.num_blocks + 1)
-
-
-def _build_scheduler(
-    builder: _Builder, limits: Limits, max_model_len: int, block_bytes: int
-) -> Any:
+def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Any:
     kv_cache: KVCacheManager = builder.built["kv_cache"]  # type: ignore[assignment]
+    offload: KVOffload = builder.built["kv_offload"]  # type: ignore[assignment]
     eviction = builder.build("eviction")
     parts = SchedulerParts(
         kv_cache=kv_cache,
         prefix_cache=builder.build(
             "prefix_cache", block_size=kv_cache.block_size, eviction=eviction
         ),
-        offload=builder.build("kv_offload", bytes_per_block=block_bytes),
+        offload=offload,
         policy=builder.build("policy"),
         admission=builder.build("admission"),
         prefill=builder.build("prefill"),
@@ -449,6 +455,7 @@ def _predict(
         "weights": decoder.weight_bytes_actual,
         "rope_tables": decoder.rope_bytes,
         "kv_pool": parts.pool.num_bytes,
+        "kv_host": parts.host_pool.num_device_bytes,
         "request_table": parts.table.num_bytes,
         "activations": (most_tokens * _activation_width(spec) + most_logits * spec.vocab_size)
         * item,
@@ -481,6 +488,7 @@ def _describe(
         "max_num_seqs": config.limits.max_num_seqs,
         "max_model_len": max_model_len,
         "kv_pool_tokens": pool.num_blocks * pool.block_size,
+        "kv_host_bytes": runner.parts.host_pool.num_bytes,
         "block_size": pool.block_size,
         "cost": StepCost(
             weight_bytes=spec.streamed_bytes(dtype),

@@ -40,8 +40,11 @@ class Marker:
     ----------
     slots
         Option that it puts into each slot.
-    requires, conflicts
-        Other techniques.
+    requires
+        Other techniques that must be there; ``a|b`` asks for either, of which ``a`` is taken where
+        neither was asked for.
+    conflicts
+        Other techniques that must not be there.
     losslessness
         ``exact``, ``distributional`` or ``lossy``: the gate that its outputs must pass.
     evidence
@@ -60,6 +63,11 @@ class Marker:
     evidence: tuple[str, ...]
     paper: str
     measure: dict[str, str]
+
+    def lacking(self, names: Sequence[str]) -> list[str]:
+        """Techniques to add to ``names`` so that all that is required is there."""
+        entries = (entry.split("|") for entry in self.requires)
+        return [options[0] for options in entries if not set(options) & set(names)]
 
     @classmethod
     def parse(cls, name: str, node: dict[str, Any]) -> Marker:
@@ -175,7 +183,7 @@ def check_requirements(composed: Composed) -> None:
         Which requirement is missing, and the command that has it.
     """
     for marker in composed.techniques.values():
-        missing = [name for name in marker.requires if name not in composed.techniques]
+        missing = marker.lacking(list(composed.techniques))
         if missing:
             together = ",".join([*missing, *composed.techniques])
             raise ConfigError(

@@ -134,6 +134,9 @@ class Paged(KVCacheManager):
             self._on_evicted(evicted)
         self._free.extend(evicted)
 
+    def take_back(self, block_ids: list[int]) -> None:
+        self._free.extend(block_ids)
+
     def hand_over(self, request_id: str, block_ids: list[int]) -> None:
         held = self._held[request_id]
         held.shared.update(block_ids)

@@ -7,6 +7,7 @@ engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
 from workbench.configuration import compose_config, engine_config, options_of
+from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.engine.engine import Engine
 
 VOCAB_SIZE = 128
@@ -51,12 +53,15 @@ def component(
 
 
 def with_requirements(techniques: Sequence[str]) -> list[str]:
-    """Techniques and all that they require, each once, what is required first."""
+    """Techniques and all that they require, each once, what is required first.
+
+    Of a requirement with alternatives, the first, unless another is there already.
+    """
     markers = configuration.load_markers()
     closed: list[str] = []
 
     def visit(name: str) -> None:
-        for required in markers[name].requires:
+        for required in markers[name].lacking([*closed, *techniques]):
             visit(required)
         if name not in closed:
             closed.append(name)
@@ -64,6 +69,36 @@ def with_requirements(techniques: Sequence[str]) -> list[str]:
     for name in techniques:
         visit(name)
     return closed
+
+
+def declared_conflict(techniques: Sequence[str]) -> bool:
+    """Whether two of the techniques, or of what they require, fill one slot or exclude each
+    other."""
+    markers = configuration.load_markers()
+    return any(
+        b in markers[a].conflicts or set(markers[a].slots) & set(markers[b].slots)
+        for a, b in itertools.permutations(with_requirements(techniques), 2)
+    )
+
+
+@functools.cache
+def why_not_here(technique: str) -> str | None:
+    """Why a technique cannot run on this machine's CPU, in the engine's words; None if it can."""
+    try:
+        tiny_engine(techniques=with_requirements([technique]))
+    except (UnsupportedError, ConfigError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def together() -> tuple[str, ...]:
+    """As many techniques as can run here at once, and what they require, required ones first."""
+    chosen: list[str] = []
+    for name in TECHNIQUES:
+        if why_not_here(name) is None and not declared_conflict([*chosen, name]):
+            chosen.append(name)
+    return tuple(with_requirements(chosen))
 
 
 def tiny_engine(

@@ -21,7 +21,7 @@ from workbench.slots.component import Component
 REPO = CONF_DIR.parent
 SLOT_FILES = sorted(p.stem for p in (REPO / "workbench" / "slots").glob("[a-z]*.py"))
 #: Files of ``workbench/slots`` that are no slot.
-SHARED_FILES = {"component"}
+SHARED_FILES = {"component", "kv_space", "step_plan"}
 
 ENGINE_ROOMS = {"kernels", "workbench.core", "workbench.slots", "workbench.models"}
 ALL_BUT_BENCH = {
@@ -188,8 +188,9 @@ def test_option_s_file_says_what_its_class_says(slot: str, option: str) -> None:
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_technique_s_marker_matches_what_it_selects(technique: str) -> None:
     marker = load_markers()[technique]
-    composed = compose_config([f"+technique=[{','.join([*marker.requires, technique])}]"])
-    plain = compose_config([f"+technique=[{','.join(marker.requires)}]"] if marker.requires else [])
+    required = marker.lacking([])
+    composed = compose_config([f"+technique=[{','.join([*required, technique])}]"])
+    plain = compose_config([f"+technique=[{','.join(required)}]"] if required else [])
     changed = {
         key.removeprefix("engine/"): option
         for key, option in composed.choices.items()
@@ -197,8 +198,9 @@ def test_technique_s_marker_matches_what_it_selects(technique: str) -> None:
     }
     assert changed == marker.slots
     assert marker.slots, "a technique fills at least one slot"
-    assert set(marker.requires) | set(marker.conflicts) <= set(TECHNIQUES)
-    assert technique not in {*marker.requires, *marker.conflicts}
+    named = {name for entry in marker.requires for name in entry.split("|")} | {*marker.conflicts}
+    assert named <= set(TECHNIQUES)
+    assert technique not in named
     assert marker.evidence, "a technique proves that it ran"
     assert marker.paper
     assert all(key.partition(".")[0] in SLOTS for key in marker.evidence)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.helpers.engines import TECHNIQUES
 from tests.helpers.tiny_models import tiny_model
 from workbench.cli.main import main
 from workbench.configuration import CONF_DIR, load_markers, options_of
@@ -188,6 +188,11 @@ def test_engine_alone_and_random_weights(
     assert variant["verdict"] == "exact"
 
 
+def techniques_of_preset(name: str) -> list[str]:
+    node = OmegaConf.load(CONF_DIR / "preset" / f"{name}.yaml")
+    return list(node.defaults[0]["/technique"])
+
+
 def test_every_technique_at_once_through_the_preset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +205,7 @@ def test_every_technique_at_once_through_the_preset(
     )
     assert main(arguments) == 0
     base, treated = document_of(capsys)["variants"]
-    assert treated["techniques"] == sorted(TECHNIQUES)
+    assert treated["techniques"] == sorted(techniques_of_preset("full"))
     assert base["techniques"] == []
     assert treated["verdict"] == "exact"
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.engines import TECHNIQUES, check_idle, with_requirements
+from tests.helpers.engines import check_idle, together
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from workbench import SamplingParams, build_engine
 from workbench.assemble import SLOTS, EngineConfig, Limits, build_config, load_class
@@ -33,7 +33,7 @@ def test_plain_configuration_fills_every_slot() -> None:
 
 
 def test_techniques_are_selected_together_and_keep_their_markers() -> None:
-    names = with_requirements(TECHNIQUES)
+    names = list(together())
     composed = compose_config([f"+technique=[{','.join(names)}]"])
     assert list(composed.techniques) == names
     for name, marker in composed.techniques.items():

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.engines import check_idle, mixed_prompts, shared_engine
+from tests.helpers.engines import (
+    check_idle,
+    mixed_prompts,
+    shared_engine,
+    tiny_engine,
+    together,
+    with_requirements,
+)
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from workbench.bench.load import Closed, LoadGenerator, Offline
-from workbench.configuration import options_of
+from workbench.configuration import load_markers
 from workbench.core.backend import TokenEvent
 from workbench.core.workload import WorkloadRequest
 from workbench.engine.backend import EngineBackend
@@ -20,7 +27,7 @@ PROMPTS = mixed_prompts(7, seed=5)
 
 @pytest.fixture(params=["core", "all techniques"])
 def backend(request: pytest.FixtureRequest) -> Iterator[EngineBackend]:
-    names = () if request.param == "core" else tuple(options_of("technique"))
+    names = () if request.param == "core" else together()
     engine = shared_engine(techniques=names, max_num_seqs=3)
     yield EngineBackend("engine", engine, engine.parts.info)
     check_idle(engine)
@@ -114,3 +121,20 @@ def test_ledger_is_within_its_pool(backend: EngineBackend) -> None:
     info = backend.info()
     assert info.device == "cpu"
     assert info.dtype == "float32"
+
+
+@pytest.mark.parametrize("keeps_cache", [False, True])
+def test_a_run_starts_with_a_cold_cache_unless_told_to_keep_it(keeps_cache: bool) -> None:
+    cached = tiny_engine("engine.kv_cache.block_size=4", techniques=_with_a_cache())
+    backend = EngineBackend("cached", cached, cached.parts.info, keeps_cache=keeps_cache)
+    prompt = tuple(range(10, 31))
+    for run in range(2):
+        backend.run(Offline([WorkloadRequest("r", prompt, 3)]), lambda event: None)
+        hit = backend.counters()["step.num_cached_tokens"]
+        assert hit == (20 if run and keeps_cache else 0)
+        cached.check_integrity()
+
+
+def _with_a_cache() -> list[str]:
+    name = next(n for n, m in load_markers().items() if "prefix_cache" in m.slots)
+    return with_requirements([name])

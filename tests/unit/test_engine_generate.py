@@ -17,10 +17,9 @@ from tests.helpers.engines import (
     mixed_prompts,
     shared_engine,
     tiny_engine,
-    with_requirements,
+    together,
 )
 from tests.helpers.tiny_models import hf_greedy, hf_logits, tiny_model
-from workbench.configuration import options_of
 from workbench.core.errors import RequestError
 from workbench.core.outputs import RequestOutput
 from workbench.core.request import FinishReason
@@ -28,7 +27,7 @@ from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
 from workbench.slots.sampler import uniform_from_seed
 
-ALL = tuple(with_requirements(options_of("technique")))
+ALL = together()
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
 

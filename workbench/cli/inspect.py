@@ -62,7 +62,7 @@ def list_command(arguments: Sequence[str]) -> int:
     for m in markers.values():
         notes = [m.summary, f"[dim]{m.losslessness}; {m.paper}[/dim]"]
         if m.requires:
-            notes.append(f"requires {', '.join(m.requires)}")
+            notes.append("requires " + ", ".join(r.replace("|", " or ") for r in m.requires))
         if m.conflicts:
             notes.append(f"conflicts with {', '.join(m.conflicts)}")
         slots = "\n".join(f"{slot}={option}" for slot, option in m.slots.items())

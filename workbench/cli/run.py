@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,64 @@ def run_command(overrides: Sequence[str]) -> int:
     return exit_status(results)
 
 
-def measure(overrides: Sequence[str]) -> list[VariantResult]:
+def measure(
+    overrides: Sequence[str],
+    alternatives: Mapping[str, Sequence[str]] | None = None,
+    command: str = "",
+) -> list[VariantResult]:
     """Measure what the overrides ask for and record it, without printing a table.
+
+    Parameters
+    ----------
+    alternatives
+        Rows to measure in turn beside one base: by name, what each adds to the overrides, such as
+        ``{"small": ["+technique=a", "engine.x.size=8"], "large": [...]}``. Each must ask for a
+        technique, and all must have the same base.
+    command
+        What a user typed, for the records; by default the main job with these overrides.
 
     Raises
     ------
     WorkbenchError
         The overrides, or what they name, are wrong.
     """
-    return _run_plan(plan_run(overrides), overrides)
+    if not alternatives:
+        return _run_plan(plan_run(overrides), overrides, command=command)
+    plans = {name: plan_run([*overrides, *more]) for name, more in alternatives.items()}
+    first = next(iter(plans.values()))
+    for name, plan in plans.items():
+        if plan.base is None or first.base is None:
+            raise ConfigError(f"row {name!r} asks for no technique, so it has no base.")
+        if plan.base.components != first.base.components:
+            raise ConfigError(
+                f"row {name!r} has another base than row {next(iter(plans))!r}, so the two cannot "
+                "be compared with one base row. Ask for what both require in the overrides."
+            )
+    return _run_plan(first, overrides, plans, command)
 
 
-def _run_plan(plan: Plan, overrides: Sequence[str]) -> list[VariantResult]:
+def _run_plan(
+    plan: Plan,
+    overrides: Sequence[str],
+    alternatives: Mapping[str, Plan] | None = None,
+    command: str = "",
+) -> list[VariantResult]:
     _check_choices(plan.treatment.cfg)
     console = Console(stderr=True)
     if plan.supplied:
-        console.print(f"Both engine rows include {', '.join(plan.supplied)}, which is required.")
-    return _measure(plan, overrides, console)
+        console.print(f"Every engine row includes {', '.join(plan.supplied)}, which is required.")
+    command = command or "python -m workbench " + shlex.join(overrides)
+    return _measure(plan, command, console, alternatives or {})
+
+
+def _engine_rows(plan: Plan, limits: Limits, alternatives: Mapping[str, Plan]) -> list[Variant]:
+    """The engine's rows: base and treatment, or the base and each alternative under its name."""
+    rows = engine_variants(plan, limits)
+    if not alternatives:
+        return rows
+    others = {name: engine_variants(other, limits)[-1] for name, other in alternatives.items()}
+    named = [dataclasses.replace(row, name=name) for name, row in others.items()]
+    return [rows[0], *(dataclasses.replace(row, baseline=rows[0].name) for row in named)]
 
 
 def _check_choices(cfg: DictConfig) -> None:
@@ -106,12 +148,16 @@ def _check_choices(cfg: DictConfig) -> None:
     ):
         if cfg[name] not in valid:
             raise unknown_name(name, str(cfg[name]), valid)
+    if cfg.bench.prefix_cache not in ("cold", "warm"):
+        raise unknown_name("bench.prefix_cache", str(cfg.bench.prefix_cache), ("cold", "warm"))
     if cfg.bench.reference not in _REFERENCES:
         raise unknown_name("bench.reference", str(cfg.bench.reference), _REFERENCES)
     check_load(cfg)
 
 
-def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[VariantResult]:
+def _measure(
+    plan: Plan, command: str, console: Console, alternatives: Mapping[str, Plan]
+) -> list[VariantResult]:
     cfg = plan.treatment.cfg
     slo: Slo = _build(cfg, "slo")
     # The limits are not known before the workload is, nor the workload before the model.
@@ -128,7 +174,7 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
     progress = LiveProgress(console)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder_of(source, cfg, dtype, device))
-        variants = engine_variants(plan, limits)
+        variants = _engine_rows(plan, limits, alternatives)
         reference = _engine_reference(variants)
         margin_fn: MarginFn | None = None
         if folder is not None:
@@ -158,7 +204,7 @@ def _measure(plan: Plan, overrides: Sequence[str], console: Console) -> list[Var
             store=ResultStore(cfg.results_dir, hardware_slug(device)),
             ceilings=measure_ceilings(device),
             progress=progress,
-            command="python -m workbench " + shlex.join(overrides),
+            command=command,
         )
 
 

@@ -92,10 +92,9 @@ def _required_by(asked: Sequence[str], markers: dict[str, Marker]) -> list[str]:
                 f"technique {name!r} requires itself: {' -> '.join([*path, name])}. Correct "
                 "`requires` in these files of conf/technique."
             )
-        for required in markers[name].requires:
-            if required not in asked and required not in supplied:
-                visit(required, (*path, name))
-                supplied.append(required)
+        while lacking := markers[name].lacking([*asked, *supplied]):
+            visit(lacking[0], (*path, name))
+            supplied.append(lacking[0])
 
     for name in asked:
         visit(name, ())
@@ -141,7 +140,9 @@ def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Va
         variants.append(
             Variant(
                 name=name,
-                build=_engine_factory(name, config),
+                build=_engine_factory(
+                    name, config, plan.treatment.cfg.bench.prefix_cache == "warm"
+                ),
                 baseline=rows[0][0] if index else None,
                 losslessness=weakest,
                 techniques={
@@ -169,10 +170,10 @@ def _same_but_components(
     return dataclasses.replace(config, components=composed.components)
 
 
-def _engine_factory(name: str, config: EngineConfig) -> Callable[[], Backend]:
+def _engine_factory(name: str, config: EngineConfig, keeps_cache: bool) -> Callable[[], Backend]:
     def build() -> Backend:
         engine = build_engine(config)
-        return EngineBackend(name, engine, engine.parts.info)
+        return EngineBackend(name, engine, engine.parts.info, keeps_cache=keeps_cache)
 
     return build
 

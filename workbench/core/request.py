@@ -50,9 +50,13 @@ class Request:
     prefix_key
         What the prefix cache computed of the prompt when the request arrived; nobody else reads it.
     num_matched_tokens
-        Tokens found in the prefix cache when a policy last asked, for those that order by it.
+        Tokens found in the prefix cache when a policy last asked, for those that order by it; -1
+        where none has.
     arrival_index
         Place in the order of arrival, kept through pre-emptions; -1 before the request is queued.
+    is_overdue
+        It waited behind later ones, or was pre-empted, as often as the policy allows: from now on
+        it goes before all that are not, and is pre-empted after them.
     """
 
     request_id: str
@@ -68,8 +72,9 @@ class Request:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     prefix_key: Any = None
-    num_matched_tokens: int = 0
+    num_matched_tokens: int = -1
     arrival_index: int = -1
+    is_overdue: bool = False
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0

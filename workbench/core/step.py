@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from workbench.core.sampling import SamplingParams
@@ -108,6 +109,9 @@ class ForwardBatch:
         Host copies of the lengths, known without asking the device.
     block_size : int
         Tokens a block.
+    host_rows : tuple[ndarray[R, P] int32, list[int]] or None
+        The host's copy of all block tables, and each request's row of it; see
+        :meth:`host_block_table`.
     extras : dict[type, Any]
         What a technique adds, keyed by its own dataclass.
     """
@@ -123,7 +127,16 @@ class ForwardBatch:
     query_lens_host: list[int]
     seq_lens_host: list[int]
     block_size: int
+    host_rows: tuple[np.ndarray, list[int]] | None = None
     extras: dict[type, Any] = field(default_factory=dict)
+
+    def host_block_table(self) -> np.ndarray:
+        """The block table on the host, ``[B, P]``, made when asked for; entries past a request's
+        end may be anything. Waits for the device only where nobody keeps a copy."""
+        if self.host_rows is None:
+            return self.block_table.cpu().numpy()
+        table, rows = self.host_rows
+        return table[rows]
 
     @property
     def num_tokens(self) -> int:

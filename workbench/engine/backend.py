@@ -27,12 +27,17 @@ class EngineBackend:
         Assembled and idle.
     info
         Attention, precision, device and what else tells the row apart.
+    keeps_cache
+        Leave cached prefixes of one run to the next; else each run starts cold.
     """
 
-    def __init__(self, name: str, engine: Engine, info: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, engine: Engine, info: dict[str, Any], *, keeps_cache: bool = False
+    ) -> None:
         self.name = name
         self.engine = engine
         self._info = info
+        self._keeps_cache = keeps_cache
 
     def info(self) -> BackendInfo:
         details = {k: v for k, v in self._info.items() if k not in ("attention", "dtype", "device")}
@@ -48,6 +53,8 @@ class EngineBackend:
     def run(self, source: RequestSource, on_event: Callable[[TokenEvent], None]) -> None:
         """Serve the source to its end (see :class:`workbench.core.backend.Backend`)."""
         engine = self.engine
+        if not self._keeps_cache:
+            engine.clear_cached()
         engine.reset_counters()
         in_flight = 0
         try:

@@ -69,16 +69,29 @@ class Engine:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> str:
         """Queue a prompt; its tokens come out of :meth:`step`.
+
+        Parameters
+        ----------
+        priority
+            The higher, the sooner, where the ``policy`` or ``eviction`` slot orders by it.
+        cache_salt
+            Requests share cached prefixes only with those of the same salt: one a tenant keeps
+            tenants from learning each other's prompts by how fast an answer comes.
 
         Raises
         ------
         RequestError
-            The prompt or a sampling parameter is not valid, or the request could never be held.
+            The prompt or a parameter is not valid, or the request could never be held.
         """
         sampling = sampling or SamplingParams()
         sampling.validate()
+        self._check_priority(priority)
+        extra_keys = _extra_keys(cache_salt)
         token_ids = self._tokenize(prompt)
         request_id = request_id if request_id is not None else self._new_id()
         if sampling.stop and self.tokenizer is None:
@@ -100,13 +113,28 @@ class Engine:
         )
         self._states[request_id] = state
         try:
-            self._queue_completions(state, sampling)
+            self._queue_completions(state, sampling, priority, extra_keys)
         except BaseException:
             self.abort(request_id)
             raise
         return request_id
 
-    def _queue_completions(self, state: RequestState, sampling: SamplingParams) -> None:
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise RequestError(f"priority={priority!r} is not valid: it must be an integer.")
+        if priority and not any(c.uses_priority for c in self.parts.components.values()):
+            raise RequestError(
+                f"priority={priority} would change nothing: no component of this engine orders by "
+                "it. Choose engine/policy=priority, or leave priority at 0."
+            )
+
+    def _queue_completions(
+        self,
+        state: RequestState,
+        sampling: SamplingParams,
+        priority: int,
+        extra_keys: tuple[str, ...],
+    ) -> None:
         base = sampling.seed if sampling.seed is not None else next(self._seeds)
         for k, child in enumerate(state.child_ids):
             self._child_of[child] = (state, k)
@@ -116,6 +144,8 @@ class Engine:
                 sampling=dataclasses.replace(sampling, seed=_child_seed(base, k)),
                 eos_token_ids=self.parts.eos_token_ids,
                 arrival_s=time.perf_counter(),
+                priority=priority,
+                extra_keys=extra_keys,
             )
             # The user's view and the scheduler's book of a completion are one list.
             state.completions.append(CompletionOutput(k, request.output_token_ids))
@@ -256,6 +286,9 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Serve prompts to the end; outputs in the order of the prompts.
 
@@ -267,6 +300,8 @@ class Engine:
             One prompt or several: text, token ids or chat messages.
         sampling
             For all prompts, or one each.
+        priority, cache_salt
+            For all prompts, as in :meth:`add_request`.
         """
         listed = _as_list(prompts)
         if sampling is None or isinstance(sampling, SamplingParams):
@@ -285,7 +320,9 @@ class Engine:
                 request_id = self._new_id()
                 order.append(request_id)
                 try:
-                    self.add_request(prompt, params, request_id)
+                    self.add_request(
+                        prompt, params, request_id, priority=priority, cache_salt=cache_salt
+                    )
                 except RequestError as error:
                     results[request_id] = RequestOutput(
                         request_id, [], [], finished=True, error=str(error)
@@ -317,9 +354,24 @@ class Engine:
         self.steps.clear()
         self.parts.ledger.reset()
 
+    def clear_cached(self) -> None:
+        """Forget cached prefixes, so that what comes next starts cold."""
+        self.parts.scheduler.space.clear_cached()
+
     def check_integrity(self) -> None:
         """Raise AssertionError where the engine's books contradict each other."""
         self.parts.scheduler.check_integrity()
+
+
+def _extra_keys(cache_salt: str | None) -> tuple[str, ...]:
+    """What beside its tokens the KV of a request may be shared by."""
+    if cache_salt is None:
+        return ()
+    if not isinstance(cache_salt, str) or not cache_salt:
+        raise RequestError(
+            f"cache_salt={cache_salt!r} is not valid: it must be a non-empty string, or None."
+        )
+    return (f"salt:{cache_salt}",)
 
 
 def _child_seed(base: int, index: int) -> int:

@@ -15,6 +15,7 @@ from workbench.core.step import (
     SchedulerOutput,
     TokenLogprobs,
 )
+from workbench.engine.host_pool import HostPool
 from workbench.engine.request_table import RequestTable
 from workbench.slots.attention import AttentionBackend, ForwardContext
 from workbench.slots.drafter import DraftContext, Drafter
@@ -43,6 +44,7 @@ class RunnerParts:
     model: Model
     table: RequestTable
     pool: KVPool
+    host_pool: HostPool
     attention: AttentionBackend
     graph_runner: GraphRunner
     sampler: Sampler
@@ -153,6 +155,8 @@ class ModelRunner:
     # -- inputs -------------------------------------------------------------------------------
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
+        if plan.copies_out or plan.copies_in:  # before anything is written to these blocks
+            self.parts.host_pool.copy(plan.copies_out, plan.copies_in)
         if plan.new_requests or plan.finished_request_ids:
             self._leave_steady()  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
@@ -212,6 +216,7 @@ class ModelRunner:
             query_lens_host=plan.num_scheduled_tokens,
             seq_lens_host=(computed + 1).tolist(),
             block_size=self.parts.pool.block_size,
+            host_rows=(table.host_block_table, rows_host),
         )
         indices = list(range(size))
         inputs = _Inputs(
@@ -312,6 +317,7 @@ class ModelRunner:
             query_lens_host=query_lens,
             seq_lens_host=(table.num_computed_host[packed_host[0]] + packed_host[1]).tolist(),
             block_size=self.parts.pool.block_size,
+            host_rows=(table.host_block_table, rows_host),
         )
         return _Inputs(
             batch=batch,

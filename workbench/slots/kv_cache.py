@@ -102,6 +102,10 @@ class KVCacheManager(Component):
     ) -> None:
         """Say whom to ask for blocks when none is free, and whom to tell before they are reused."""
 
+    def take_back(self, block_ids: list[int]) -> None:
+        """Blocks that the prefix cache gave up unasked are free."""
+        assert not block_ids, f"{type(self).__name__} shares no blocks"
+
     def hand_over(self, request_id: str, block_ids: list[int]) -> None:
         """Full blocks of a request belong to the prefix cache from now on."""
         raise NotImplementedError(f"{type(self).__name__} shares no blocks")

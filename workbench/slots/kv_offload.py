@@ -13,21 +13,34 @@ class KVOffload(Component):
 
     Two uses share them: blocks that a prefix cache gives up are kept under a digest of all tokens
     up to their end, and a pre-empted request's blocks are kept until it runs again. This class
-    moves no bytes: every answer names host blocks, and the copies travel in the step's plan.
+    moves no bytes: its answers name host blocks, and the copies travel in the step's plan.
 
-    A host block that is read by a planned copy stays as it is until :meth:`step_planned`, since
-    copies out run before copies in.
+    A host block that a planned copy writes or reads belongs to that copy until
+    :meth:`step_planned`: copies of one plan run in any order, but that all out run before all in.
+
+    Parameters
+    ----------
+    bytes_per_block
+        Of the device's KV pool.
+    num_device_blocks
+        Blocks of that pool.
     """
 
     #: Whether there are host blocks at all.
     holds_blocks: bool = False
     num_host_blocks: int = 0
 
+    def __init__(
+        self, config: object = None, *, bytes_per_block: int = 0, num_device_blocks: int = 0
+    ) -> None:
+        super().__init__(config)
+
     @abstractmethod
     def keep(self, digest: bytes) -> int | None:
-        """A host block for a block that the prefix cache gave up; None where it is here already.
+        """A host block that the plan writes with what the prefix cache gave up.
 
-        Gives up the least recently used digest where the tier is full, None where nothing can be.
+        None where the digest is here already, which counts as a use of it, and where nothing can
+        be given up for it. Gives up the least recently used digest where the tier is full.
         """
 
     @abstractmethod
@@ -36,26 +49,24 @@ class KVOffload(Component):
 
     @abstractmethod
     def use(self, digests: Sequence[bytes]) -> None:
-        """Note that the blocks of these digests, all here, are copied in by the plan being made."""
+        """The plan reads the blocks of these digests, all here; they stay."""
 
     @abstractmethod
     def swap_out(self, request_id: str, num_blocks: int) -> list[int] | None:
-        """Host blocks for a pre-empted request, or None, with nothing changed, for want of room.
+        """Host blocks that the plan writes with those of a pre-empted request, or None, with
+        nothing changed, for want of room. May give up digests to make room.
 
-        May give up digests to make room.
+        They are the request's until :meth:`drop`, and never given up for others.
         """
 
     @abstractmethod
-    def swapped(self, request_id: str) -> list[int]:
-        """Host blocks of a pre-empted request; empty for one that was not swapped out."""
-
-    @abstractmethod
-    def drop(self, request_id: str) -> None:
-        """Free a request's host blocks (it runs again, or was aborted); unknown ids are ignored."""
+    def drop(self, request_id: str, num_read: int = 0) -> None:
+        """Free a request's host blocks, ``num_read`` of which the plan reads: it runs again, or
+        was aborted. Unknown ids are ignored."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Free every host block; what they held is not to be trusted."""
+        """Free every host block; what they held is not to be trusted. No copy may be planned."""
 
     @abstractmethod
     def step_planned(self) -> None:
@@ -69,9 +80,6 @@ class KVOffload(Component):
 class NoOffload(KVOffload):
     """No second tier: the null object."""
 
-    def __init__(self, config: object = None, *, bytes_per_block: int = 0) -> None:
-        super().__init__(config)
-
     def keep(self, digest: bytes) -> int | None:
         return None
 
@@ -83,10 +91,7 @@ class NoOffload(KVOffload):
     def swap_out(self, request_id: str, num_blocks: int) -> list[int] | None:
         return None
 
-    def swapped(self, request_id: str) -> list[int]:
-        return []
-
-    def drop(self, request_id: str) -> None: ...
+    def drop(self, request_id: str, num_read: int = 0) -> None: ...
 
     def clear(self) -> None: ...
 

@@ -52,6 +52,7 @@ class RopeInputs:
 class KVPool(Component):
     """Holds ``num_blocks`` blocks and one more, the trash block, that padding may write to."""
 
+    shape: KVShape
     num_blocks: int
     block_size: int
 
@@ -84,6 +85,14 @@ class KVPool(Component):
     def num_bytes(self) -> int:
         """Bytes the pool holds, trash block included."""
 
+    def block_tensors(self) -> list[torch.Tensor]:
+        """All tensors of the pool, as few as may be, each with the block as its first dimension.
+
+        Together they are the whole of a block (keys, values, and scales where there are any), so
+        whoever copies index ``i`` of each to index ``j`` has copied block ``i`` to block ``j``.
+        """
+        return [cache for i in range(self.shape.num_layers) for cache in self.layer(i)]
+
 
 class ModelDtypePool(KVPool):
     """Keys and values as the model computes them: the null object."""
@@ -101,13 +110,27 @@ class ModelDtypePool(KVPool):
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = block_size
+        sizes = list(zip(shape.num_kv_heads, shape.head_dim, strict=True))
         # Zeroed, not merely reserved: memory is taken now, where the ledger says, and padding
-        # that reads the trash block finds finite numbers.
-        self._layers = [
-            torch.zeros(2, num_blocks + 1, block_size, heads, dim, dtype=shape.dtype, device=device)
-            for heads, dim in zip(shape.num_kv_heads, shape.head_dim, strict=True)
-        ]
-        self._kv = [(kv[0], kv[1]) for kv in self._layers]
+        # that reads the trash block finds finite numbers. Layers of one size lie in one tensor, so
+        # that a block of all of them is copied by one call.
+        self._tensors = {
+            (heads, dim): torch.zeros(
+                sizes.count((heads, dim)),
+                2,
+                num_blocks + 1,
+                block_size,
+                heads,
+                dim,
+                dtype=shape.dtype,
+                device=device,
+            )
+            for heads, dim in dict.fromkeys(sizes)
+        }
+        self._kv = []
+        for index, size in enumerate(sizes):
+            keys, values = self._tensors[size][sizes[:index].count(size)]
+            self._kv.append((keys, values))
 
     @classmethod
     def bytes_per_token(cls, shape: KVShape) -> int:
@@ -147,4 +170,7 @@ class ModelDtypePool(KVPool):
 
     @property
     def num_bytes(self) -> int:
-        return sum(kv.numel() * kv.element_size() for kv in self._layers)
+        return sum(kv.numel() * kv.element_size() for kv in self._tensors.values())
+
+    def block_tensors(self) -> list[torch.Tensor]:
+        return [kv.movedim(2, 0) for kv in self._tensors.values()]

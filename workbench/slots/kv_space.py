@@ -28,13 +28,21 @@ class Found:
     num_tokens
         Tokens that need not be computed, both together.
     swapped
-        The host blocks are the request's own, from before it was pre-empted.
+        The host blocks are the last of the request's own, from before it was pre-empted.
     """
 
     match: PrefixMatch = _NO_MATCH
     host_blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0
     swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Swapped:
+    """KV of a pre-empted request on the host: its blocks in order, and the tokens they hold."""
+
+    host_blocks: list[int]
+    num_tokens: int
 
 
 class KVSpace:
@@ -62,7 +70,7 @@ class KVSpace:
         self.copies_out: list[tuple[int, int]] = []
         self.copies_in: list[tuple[int, int]] = []
         self._held: dict[str, PrefixMatch] = {}
-        self._swapped_tokens: dict[str, int] = {}
+        self._swapped: dict[str, _Swapped] = {}
         self._tiered = self.caches and offload.holds_blocks
         self._digests: dict[str, list[bytes]] = {}  # by request, of its leading blocks
         self._digest_of: dict[int, bytes] = {}  # by block of the prefix cache
@@ -78,17 +86,17 @@ class KVSpace:
 
     def find(self, request: Request) -> Found:
         """What of the request's KV is here; locks and moves nothing."""
-        own = self.offload.swapped(request.request_id)
-        if own:
-            num_tokens = self._swapped_tokens[request.request_id]
-            return Found(host_blocks=own, num_tokens=num_tokens, swapped=True)
         match = self.prefix_cache.match(request)
+        own = self._swapped.get(request.request_id)
+        if own is not None:  # what the device still has of it need not be copied
+            host_blocks = own.host_blocks[len(match.block_ids) :]
+            return Found(match, host_blocks, max(own.num_tokens, match.num_tokens), swapped=True)
         if not self._tiered:
             return Found(match, num_tokens=match.num_tokens)
         block_size = self.kv_cache.block_size
         # One token is left to run, as after a match on the device.
         last = (request.num_tokens - 1) // block_size
-        digests = self._digests[request.request_id][len(match.block_ids) : last]
+        digests = self._extend_digests(request, last * block_size)[len(match.block_ids) : last]
         host_blocks = self.offload.find(digests)
         num_tokens = match.num_tokens + len(host_blocks) * block_size
         return Found(match, host_blocks, num_tokens)
@@ -107,24 +115,24 @@ class KVSpace:
         reserve_tokens = max(reserve_tokens, num_tokens)
         if not self.kv_cache.admit(request_id, reserve_tokens, match.block_ids):
             if self.caches:
-                self.prefix_cache.unlock(match)
+                self.prefix_cache.unlock(match, used=False)
             return None
         if self.caches:
             self._held[request_id] = match
-        if found.host_blocks:
-            self._claim(request_id, found)  # before room is made, which may fill the host tier
+        self._claim(request_id, found)  # before room is made, which may fill the host tier
         added = self.kv_cache.allocate_slots(request_id, num_tokens)
         assert added is not None, "admission promised these slots"
         self.copies_in += zip(found.host_blocks, added, strict=False)
         return [*match.block_ids, *added]
 
     def _claim(self, request_id: str, found: Found) -> None:
+        """The host blocks of ``found`` are read by this plan."""
         if found.swapped:
-            self.offload.drop(request_id)
-            del self._swapped_tokens[request_id]
-            return
-        first = len(found.match.block_ids)
-        self.offload.use(self._digests[request_id][first : first + len(found.host_blocks)])
+            self.offload.drop(request_id, num_read=len(found.host_blocks))
+            del self._swapped[request_id]
+        elif found.host_blocks:
+            first = len(found.match.block_ids)
+            self.offload.use(self._digests[request_id][first : first + len(found.host_blocks)])
 
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks added so that the request holds ``num_tokens`` tokens; None for want of room."""
@@ -145,7 +153,7 @@ class KVSpace:
         if published.taken:
             self.kv_cache.hand_over(request_id, published.taken)
             if self._tiered:
-                self._note_taken(request, blocks, published.taken, num_blocks)
+                self._note_taken(request, blocks, published.taken, len(held.block_ids))
 
     def release(self, request: Request) -> None:
         """Free all that a request holds on the device; what it computed stays in the cache."""
@@ -167,7 +175,7 @@ class KVSpace:
             host = self.offload.swap_out(request.request_id, len(blocks))
             if host is not None:
                 self.copies_out += zip(blocks, host, strict=True)
-                self._swapped_tokens[request.request_id] = num_tokens
+                self._swapped[request.request_id] = _Swapped(host, num_tokens)
                 swapped = True
         self.release(request)
         return swapped
@@ -175,7 +183,7 @@ class KVSpace:
     def forget(self, request: Request) -> None:
         """A request has ended, wherever it stood; what it held on the device is released."""
         self.offload.drop(request.request_id)
-        self._swapped_tokens.pop(request.request_id, None)
+        self._swapped.pop(request.request_id, None)
         self._digests.pop(request.request_id, None)
 
     def take_copies(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -186,10 +194,20 @@ class KVSpace:
         self.offload.step_planned()
         return out, into
 
+    def clear_cached(self) -> None:
+        """Forget every prefix that no running request reads, on the device and on the host."""
+        blocks = self.prefix_cache.evict(self.prefix_cache.num_evictable)
+        self.kv_cache.take_back(blocks)
+        for block in blocks:
+            self._digest_of.pop(block, None)
+        self.distrust_host()
+
     def distrust_host(self) -> None:
         """Forget what the host tier holds: copies were planned that may not have run."""
+        assert not self.copies_in, "a request that was just admitted counts on the host tier"
+        self.copies_out.clear()  # to host blocks that hold nothing from now on
         self.offload.clear()
-        self._swapped_tokens.clear()
+        self._swapped.clear()
 
     # -- books --------------------------------------------------------------------------------
 
@@ -212,31 +230,36 @@ class KVSpace:
             assert set(self._held) == set(running), "a lock without a request, or the reverse"
         if self._tiered:
             assert set(self._digest_of) == set(self.prefix_cache.block_ids())
+        assert self._swapped.keys().isdisjoint(running), "a running request is swapped out"
+        for pairs in (self.copies_out, self.copies_in):
+            assert len({target for _, target in pairs}) == len(pairs), "a block is written twice"
 
     # -- the host tier ------------------------------------------------------------------------
 
-    def _extend_digests(self, request: Request, num_tokens: int) -> None:
+    def _extend_digests(self, request: Request, num_tokens: int) -> list[bytes]:
         """Digests of the request's leading blocks: each covers all tokens up to its end, and what
         else their KV depends on. Cryptographic, since nothing else tells two contents apart."""
         digests = self._digests.setdefault(request.request_id, [])
         block_size = self.kv_cache.block_size
         num_blocks = num_tokens // block_size
         if num_blocks <= len(digests):
-            return
+            return digests
         start = len(digests) * block_size
         data = array("q", request.token_ids[start : num_blocks * block_size]).tobytes()
-        last = digests[-1] if digests else repr(request.extra_keys).encode()
+        last = digests[-1] if digests else _digest(repr(request.extra_keys).encode())
         step = 8 * block_size
         for offset in range(0, len(data), step):
-            last = hashlib.blake2b(last + data[offset : offset + step], digest_size=16).digest()
+            last = _digest(last + data[offset : offset + step])
             digests.append(last)
+        return digests
 
     def _note_taken(
-        self, request: Request, blocks: list[int], taken: list[int], num_blocks: int
+        self, request: Request, blocks: list[int], taken: list[int], first: int
     ) -> None:
-        self._extend_digests(request, request.num_computed_tokens)
-        digests, wanted = self._digests[request.request_id], set(taken)
-        for block, digest in zip(blocks[:num_blocks], digests, strict=False):
+        """Note the digests of blocks that the cache took, none of which is before ``first``."""
+        digests = self._extend_digests(request, request.num_computed_tokens)
+        wanted = set(taken)
+        for block, digest in zip(blocks[first:], digests[first:], strict=False):
             if block in wanted:
                 self._digest_of[block] = digest
 
@@ -248,3 +271,7 @@ class KVSpace:
             host = self.offload.keep(self._digest_of.pop(block))
             if host is not None:
                 self.copies_out.append((block, host))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
