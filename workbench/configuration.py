@@ -171,7 +171,12 @@ def suggested_groups(overrides: Sequence[str], techniques: Sequence[Marker]) -> 
     elif chosen.get("preset") in options_of("preset"):
         suggested = OmegaConf.load(CONF_DIR / "preset" / f"{chosen['preset']}.yaml")
         suggested = suggested.get("preset_measure", {})
-    return [f"{k}={v}" for k, v in suggested.items() if k not in chosen]
+    # An option of a group is suggested for the option of the group that is suggested with it.
+    return [
+        f"{k}={v}"
+        for k, v in suggested.items()
+        if k not in chosen and k.partition(".")[0] not in chosen
+    ]
 
 
 def check_requirements(composed: Composed) -> None:

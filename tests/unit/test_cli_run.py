@@ -196,13 +196,24 @@ def techniques_of_preset(name: str) -> list[str]:
 def test_every_technique_at_once_through_the_preset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = mixed_job(
-        tmp_path,
+    arguments = [
+        f"model={tiny_model('llama')}",
         "preset=full",
+        "workload=shared_prefix_small",
+        "workload.num_groups=2",
+        "workload.requests_per_group=4",
+        "workload.shared_len=24",
+        "workload.own_len=8",
+        "load=offline",
+        "limits.max_num_seqs=2",
+        "baselines=[]",
+        "bench.rounds=1",
         "engine.prefill.chunk_tokens=16",
         "engine.drafter.min_ngram=1",
+        "engine.kv_cache.block_size=4",
+        f"results_dir={tmp_path / 'results'}",
         "output=json",
-    )
+    ]
     assert main(arguments) == 0
     base, treated = document_of(capsys)["variants"]
     assert treated["techniques"] == sorted(techniques_of_preset("full"))
