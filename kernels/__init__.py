@@ -7,6 +7,9 @@
 ``write_kv``                                KV write alone
 ``silu_and_mul``, ``gelu_tanh_and_mul``     gated activation on the fused gate-up projection
 ``paged_attend``                            causal attention over a paged cache, any query lengths
+``shared_prefix_attend``, ``merge_states``  attention to keys that requests share; joining parts
+``cascade_attend``                          both in one: shared keys read once, own ones after
+``quantize_kv``, ``dequantize_kv``          keys and values in 8 bits, with their scales
 ``embedding``                               token embedding rows
 ``argmax``                                  greedy token
 ==========================================  ====================================================
@@ -24,20 +27,28 @@ from kernels.embedding import embedding
 from kernels.kv_cache import write_kv
 from kernels.linear import PackedLinear, apply_linear, pack_linear
 from kernels.norm import add_rms_norm_, rms_norm
+from kernels.quantized_kv import allocate_kv_scales, dequantize_kv, quantize_kv
 from kernels.rotary import apply_rope_and_write_kv
 from kernels.sampling import argmax
+from kernels.shared_prefix import cascade_attend, merge_states, shared_prefix_attend
 
 __all__ = [
     "PackedLinear",
     "add_rms_norm_",
+    "allocate_kv_scales",
     "apply_linear",
     "apply_rope_and_write_kv",
     "argmax",
+    "cascade_attend",
+    "dequantize_kv",
     "embedding",
     "gelu_tanh_and_mul",
+    "merge_states",
     "pack_linear",
     "paged_attend",
+    "quantize_kv",
     "rms_norm",
+    "shared_prefix_attend",
     "silu_and_mul",
     "write_kv",
 ]

@@ -4,19 +4,93 @@ One op serves every mix: a token being decoded, the draft tokens of a verificati
 prompt are requests with 1, a few and many queries. The queries of a request are the last ones of
 its sequence. Papers: Kwon et al., "Efficient Memory Management for Large Language Model Serving
 with PagedAttention", 2023; Dao et al., "FlashAttention", 2022 (online softmax).
+
+==================  ===============================================================================
+implementation      what serves, and what it leaves out
+==================  ===============================================================================
+``triton``          CUDA (and TRITON_INTERPRET=1): everything; a decode kernel and a prefill one
+``native``          compiled CPU kernel: fp32 and bf16; no 8-bit cache, no ``key_start``, no lse
+``sdpa``            torch's fused attention over gathered pages, any device: no 8-bit cache, no soft
+                    cap, no ``key_start``, no lse
+``reference``       torch, every step written out, any device: everything
+==================  ===============================================================================
+
+``auto`` takes the first that serves the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import dispatch, triton
+from kernels.attention_reference import paged_attend_reference, paged_attend_reference_with_lse
+from kernels.quantized_kv import check_kv_scale, is_quantized
+
+__all__ = [
+    "MAX_DECODE_QUERIES",
+    "Implementation",
+    "as_int32",
+    "check_caches",
+    "paged_attend",
+    "paged_attend_reference",
+    "paged_attend_sdpa",
+]
 
 _NATIVE_HEAD_DIM = 16  # the CPU kernel serves the multiples of it
+MAX_DECODE_QUERIES = 16  # more queries a request are the prefill kernel's
+
+Implementation = Literal["auto", "triton", "native", "sdpa", "reference"]
+
+
+@overload
+def paged_attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    sliding_window: int | None = ...,
+    soft_cap: float | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    query_lens: Sequence[int] | None = ...,
+    seq_lens_list: Sequence[int] | None = ...,
+    max_query_len: int | None = ...,
+    implementation: Implementation = ...,
+) -> Tensor: ...
+
+
+@overload
+def paged_attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    sliding_window: int | None = ...,
+    soft_cap: float | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    query_lens: Sequence[int] | None = ...,
+    seq_lens_list: Sequence[int] | None = ...,
+    max_query_len: int | None = ...,
+    implementation: Implementation = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def paged_attend(
@@ -30,9 +104,15 @@ def paged_attend(
     *,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    key_start: Tensor | None = None,
+    return_lse: bool = False,
     query_lens: Sequence[int] | None = None,
     seq_lens_list: Sequence[int] | None = None,
-) -> Tensor:
+    max_query_len: int | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to its request's cached keys up to and including its own position.
 
     Parameters
@@ -41,7 +121,7 @@ def paged_attend(
         Queries of all requests one after another. The last dimension is dense.
     k_cache, v_cache : Tensor [num_blocks, block_size, Hkv, D]
         Cache that already holds this step's keys and values. ``Hq`` is a multiple of ``Hkv``. The
-        last dimension is dense.
+        last dimension is dense. In the dtype of ``q``, or 8-bit with scales.
     block_table : Tensor [B, P] int32
         Blocks of each request in order; entries past its length are not read.
     query_start_loc : Tensor [B + 1] int32
@@ -54,67 +134,193 @@ def paged_attend(
         A query sees itself and at most ``sliding_window - 1`` tokens before it.
     soft_cap : float or None
         Scores become ``soft_cap * tanh(score / soft_cap)`` (Gemma 2).
+    k_scale, v_scale : Tensor [num_blocks, block_size, Hkv] or [Hkv] fp32, or None
+        Scales of an int8 or fp8 cache (:mod:`kernels.quantized_kv`).
+    key_start : Tensor [B] int32, or None
+        Keys before it are skipped, and blocks that lie wholly before it need not exist: what is
+        left for a request when its shared prefix was attended to apart.
+    return_lse : bool
+        Return the log-sum-exp of the scores as well.
     query_lens, seq_lens_list : sequence of int [B], or None
         The same lengths on the host, where the caller has them: avoids a device synchronisation.
+    max_query_len : int or None
+        A bound on the queries of a request. It is all that ``triton`` needs of lengths on the
+        host, so that a captured graph may be replayed with others.
+    implementation : str
+        One of the table at the head of this module. One that cannot serve the call is an error,
+        and never replaced.
 
     Returns
     -------
-    Tensor [T, Hq, D]
-        Contiguous, in the dtype of ``q``.
+    Tensor [T, Hq, D], or (Tensor [T, Hq, D], Tensor [T, Hq] fp32)
+        Contiguous, in the dtype of ``q``; with ``return_lse`` the natural log-sum-exp too (fp64
+        for fp64 queries, of the reference). A query that sees no key gets 0 and ``-inf``.
+
+    Raises
+    ------
+    ValueError
+        An argument out of range, a cache and scales that do not belong together, or a call that
+        the implementation asked for cannot serve.
     """
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 (or None), not {sliding_window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive (or None), not {soft_cap}")
-    if dispatch.is_native(q) and q.shape[-1] % _NATIVE_HEAD_DIM == 0:
+    check_caches(q, k_cache, v_cache, k_scale, v_scale)
+    is_plain = not is_quantized(k_cache) and key_start is None and not return_lse
+    if implementation == "auto":
+        implementation = _choose(q, is_plain, soft_cap)
+    else:
+        _check_implementation(implementation, q, is_plain, soft_cap)
+    pages = as_int32(block_table, query_start_loc, seq_lens)  # nothing to do as a rule
+    if implementation == "native":
         from kernels.cpu import attention
 
-        block_table = block_table.to(torch.int32)  # nothing to do as a rule
-        query_start_loc, seq_lens = query_start_loc.to(torch.int32), seq_lens.to(torch.int32)
-        return attention.paged_attend(
+        return attention.paged_attend(q, k_cache, v_cache, *pages, scale, sliding_window, soft_cap)
+    if implementation == "triton" and max_query_len is not None:
+        query_lens = query_lens or [max_query_len]
+    if query_lens is None:
+        query_lens = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
+    if implementation == "triton":
+        return _paged_attend_triton(
             q,
             k_cache,
             v_cache,
-            block_table,
-            query_start_loc,
-            seq_lens,
+            *pages,
             scale,
-            sliding_window,
-            soft_cap,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            key_start=None if key_start is None else key_start.to(torch.int32),
+            return_lse=return_lse,
+            max_query_len=max(query_lens, default=0) if max_query_len is None else max_query_len,
         )
-    if query_lens is None:
-        query_lens = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
     if seq_lens_list is None:
         seq_lens_list = seq_lens.tolist()
     arguments = (q, k_cache, v_cache, block_table, query_lens, seq_lens_list, scale)
-    if q.is_cuda and soft_cap is None:
+    if implementation == "sdpa":
         return paged_attend_sdpa(*arguments, sliding_window=sliding_window)
-    return paged_attend_reference(*arguments, sliding_window=sliding_window, soft_cap=soft_cap)
+    out, lse = paged_attend_reference_with_lse(
+        *arguments,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        key_start=None if key_start is None else key_start.tolist(),
+    )
+    return (out, lse) if return_lse else out
 
 
-def paged_attend_reference(
+def _choose(q: Tensor, is_plain: bool, soft_cap: float | None) -> Implementation:
+    if q.is_cuda:
+        if triton.HAS_TRITON:
+            return "triton"
+        return "sdpa" if is_plain and soft_cap is None else "reference"
+    if is_plain and dispatch.is_native(q) and q.shape[-1] % _NATIVE_HEAD_DIM == 0:
+        return "native"
+    return "reference"
+
+
+def _check_implementation(
+    implementation: str, q: Tensor, is_plain: bool, soft_cap: float | None
+) -> None:
+    reason = None
+    if implementation == "triton":
+        reason = triton.unsupported_reason(q)
+    elif implementation == "native":
+        if not dispatch.is_native(q) or q.shape[-1] % _NATIVE_HEAD_DIM:
+            reason = (
+                "it serves fp32 and bf16 CPU tensors with head sizes that"
+                f" {_NATIVE_HEAD_DIM} divides, with numba installed; not {q.dtype} on {q.device}"
+                f" of head size {q.shape[-1]}"
+            )
+    elif implementation == "sdpa":
+        reason = "it has no soft cap" if soft_cap is not None else None
+    elif implementation != "reference":
+        raise ValueError(
+            f"implementation {implementation!r} does not exist: take auto, triton, native, sdpa or"
+            " reference"
+        )
+    if implementation in ("native", "sdpa") and not is_plain:
+        reason = "it takes no 8-bit cache and no key_start, and returns no log-sum-exp"
+    if reason is not None:
+        raise ValueError(f"implementation {implementation!r} cannot serve this call: {reason}")
+
+
+def as_int32(first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index tensors as the kernels read them."""
+    return first.to(torch.int32), second.to(torch.int32), third.to(torch.int32)
+
+
+def check_caches(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Raise ValueError unless queries, caches and scales belong together."""
+    check_kv_scale(k_cache, k_scale, "k_scale")
+    check_kv_scale(v_cache, v_scale, "v_scale")
+    if k_cache.dtype != v_cache.dtype or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"the caches differ: {k_cache.dtype} of {tuple(k_cache.shape)}, and {v_cache.dtype} of"
+            f" {tuple(v_cache.shape)}"
+        )
+    if not is_quantized(k_cache) and k_cache.dtype != q.dtype:
+        raise ValueError(f"the cache holds {k_cache.dtype}, the queries are {q.dtype}")
+    if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
+        raise ValueError("k_scale and v_scale must have the same shape and strides")
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    if q.shape[1] % num_kv_heads or q.shape[2] != head_dim:
+        raise ValueError(
+            f"queries of {q.shape[1]} heads of {q.shape[2]} do not fit a cache of {num_kv_heads}"
+            f" heads of {head_dim}: sizes must be equal, and heads a multiple"
+        )
+
+
+def _paged_attend_triton(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     block_table: Tensor,
-    query_lens: Sequence[int],
-    seq_lens: Sequence[int],
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
     scale: float,
     *,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
-    """Plain torch form of :func:`paged_attend`, one request at a time; lengths on the host."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    start = 0
-    for row, (num_queries, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
-        k, v = (gather_pages(c, block_table[row], 0, seq_len) for c in (k_cache, v_cache))
-        stop = start + num_queries
-        out[start:stop] = attend_reference(
-            q[start:stop], k, v, scale, sliding_window=sliding_window, soft_cap=soft_cap
-        )
-        start = stop
-    return out
+    sliding_window: int | None,
+    soft_cap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_start: Tensor | None,
+    return_lse: bool,
+    max_query_len: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """By the kernel that suits the longest query; shapes and meaning as :func:`paged_attend`."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the Triton kernels take fp16, bf16 and fp32 queries, not {q.dtype}")
+    kernel: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    if max_query_len <= MAX_DECODE_QUERIES:
+        from kernels.triton import paged_decode
+
+        kernel = paged_decode.paged_decode
+    else:
+        from kernels.triton import paged_prefill
+
+        kernel = paged_prefill.paged_prefill
+    return kernel(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        max_query_len=max_query_len,
+        key_start=key_start,
+        return_lse=return_lse,
+    )
 
 
 def paged_attend_sdpa(
@@ -186,53 +392,3 @@ def _attend_padded(
         q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2)
-
-
-def gather_pages(cache: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Copy positions ``start .. stop - 1`` of one request out of ``cache``: ``[.., Hkv, D]``."""
-    block_size = cache.shape[1]
-    first = start // block_size
-    pages = cache[blocks[first : -(-stop // block_size)].long()].flatten(0, 1)
-    return pages[start - first * block_size : stop - first * block_size]
-
-
-def attend_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
-    """Causal attention of the last ``Q`` positions of one sequence, with every step written out.
-
-    Parameters
-    ----------
-    q : Tensor [Q, Hq, D]
-    k, v : Tensor [S, Hkv, D]
-
-    Returns
-    -------
-    Tensor [Q, Hq, D]
-    """
-    wide = dispatch.accumulate_dtype(q)
-    num_queries, num_heads, _ = q.shape
-    seq_len, num_kv_heads, _ = k.shape
-    k, v = (x.to(wide).repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,shd->hqs", q.to(wide), k) * scale
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    mask = causal_mask(num_queries, seq_len, sliding_window, q.device)
-    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hqs,shd->qhd", probabilities, v).to(q.dtype)
-
-
-def causal_mask(
-    num_queries: int, seq_len: int, sliding_window: int | None, device: torch.device
-) -> Tensor:
-    """Which keys the last ``num_queries`` positions see: bool ``[num_queries, seq_len]``."""
-    query = torch.arange(seq_len - num_queries, seq_len, device=device).unsqueeze(1)
-    key = torch.arange(seq_len, device=device)
-    mask = key <= query
-    return mask if sliding_window is None else mask & (key > query - sliding_window)

@@ -6,12 +6,16 @@ half-split pairing (element i with i + rotary_dim / 2) is the one of Hugging Fac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import dispatch, triton
 from kernels.kv_cache import write_kv_reference
 from kernels.norm import rms_norm_reference
+from kernels.quantized_kv import is_quantized
 
 
 def apply_rope_and_write_kv(
@@ -29,6 +33,8 @@ def apply_rope_and_write_kv(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Normalise (optionally) and rotate q and k inside ``qkv``, and write k and v into the cache.
 
@@ -47,18 +53,29 @@ def apply_rope_and_write_kv(
         Where each token's k and v go: ``block * block_size + offset``. A negative slot is not
         written (padding). None: nothing is written.
     k_cache, v_cache : Tensor [num_blocks, block_size, num_kv_heads, head_dim], or None
-        In the dtype of ``qkv``; any strides but a dense last dimension.
+        In the dtype of ``qkv``, or int8 or fp8 (e4m3) with scales; any strides but a dense last
+        dimension.
     q_norm, k_norm : Tensor [head_dim], or None
         Per-head RMSNorm weights applied before the rotation (Qwen3, Gemma3).
     norm_eps, norm_offset
         As ``eps`` and ``offset`` of :func:`kernels.norm.rms_norm`.
+    k_scale, v_scale : Tensor [num_blocks, block_size, num_kv_heads] or [num_kv_heads], or None
+        Of quantised caches (:mod:`kernels.quantized_kv`): scales of tokens are written beside the
+        values, fixed ones are read.
     """
-    implementation = apply_rope_and_write_kv_reference
-    if dispatch.is_native(qkv):
-        from kernels.cpu import rotary
+    if qkv.is_cuda and triton.HAS_TRITON:
+        from kernels.triton import rotary as fused
 
-        implementation = rotary.apply_rope_and_write_kv
-    implementation(
+        write: Callable[..., None] = partial(
+            fused.apply_rope_and_write_kv, k_scale=k_scale, v_scale=v_scale
+        )
+    elif dispatch.is_native(qkv) and _is_plain(k_cache, k_scale, v_scale):
+        from kernels.cpu import rotary as native
+
+        write = native.apply_rope_and_write_kv
+    else:
+        write = partial(apply_rope_and_write_kv_reference, k_scale=k_scale, v_scale=v_scale)
+    write(
         qkv,
         positions,
         cos_sin,
@@ -73,6 +90,12 @@ def apply_rope_and_write_kv(
         norm_eps=norm_eps,
         norm_offset=norm_offset,
     )
+
+
+def _is_plain(k_cache: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> bool:
+    """Whether what is written has no scales."""
+    is_plain = k_cache is None or not is_quantized(k_cache)
+    return is_plain and k_scale is None and v_scale is None
 
 
 def apply_rope_and_write_kv_reference(
@@ -90,6 +113,8 @@ def apply_rope_and_write_kv_reference(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Plain torch form of :func:`apply_rope_and_write_kv`."""
     heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
@@ -100,7 +125,7 @@ def apply_rope_and_write_kv_reference(
         x.copy_(rotate_reference(x, positions, cos_sin))
     if slot_mapping is not None:
         assert k_cache is not None and v_cache is not None
-        write_kv_reference(k, v, slot_mapping, k_cache, v_cache)
+        write_kv_reference(k, v, slot_mapping, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
 
 
 def rotate_reference(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:

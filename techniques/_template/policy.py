@@ -32,18 +32,6 @@ class ShortestPromptFirst(Policy):
         super().__init__(config)
         if config.bucket_tokens < 1:
             raise ConfigError(f"policy.bucket_tokens={config.bucket_tokens} must be 1 or more.")
-        self._overtakes = 0
-        self._largest = 0
 
     def key(self, request: Request, arrival_index: int) -> int:
-        bucket = request.num_prompt_tokens // self.config.bucket_tokens
-        self._overtakes += bucket < self._largest
-        self._largest = max(self._largest, bucket)
-        return bucket
-
-    def counters(self) -> dict[str, float]:
-        return {"overtakes": self._overtakes}
-
-    def reset_counters(self) -> None:
-        self._overtakes = 0
-        self._largest = 0
+        return request.num_prompt_tokens // self.config.bucket_tokens

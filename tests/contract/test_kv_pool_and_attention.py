@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import component
+from tests.helpers.interpreted import run_in_interpreter, starts_interpreter
 from workbench.configuration import options_of
 from workbench.core.step import ForwardBatch
 from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
@@ -216,6 +217,13 @@ def test_attention_equals_dense_attention(
         for part, own in zip(q.split(queries), slots, strict=True)
     ]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@starts_interpreter
+def test_triton_meets_the_contract_in_its_interpreter() -> None:
+    """A few of the cases above: on a CPU they are skipped, because Triton does not interpret."""
+    chosen = "attention_equals and triton and (mixed or drafts) and (plain or both)"
+    run_in_interpreter(__file__, "-k", chosen)
 
 
 @pytest.mark.parametrize("option", ATTENTIONS)

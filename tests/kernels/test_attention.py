@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import paged_attend
-from kernels.attention import (
-    causal_mask,
-    gather_pages,
-    paged_attend_reference,
-    paged_attend_sdpa,
-)
+from kernels.attention import paged_attend_reference, paged_attend_sdpa
+from kernels.attention_reference import attend_reference, causal_mask, gather_pages
 from kernels.cpu import attention as native
+from kernels.quantized_kv import quantize_kv
+from kernels.triton import is_interpreted
 
 DECODE = ([1, 1, 1, 1], [0, 1, 63, 200])
 VERIFY = ([5, 5, 8], [17, 64, 129])
@@ -248,3 +246,97 @@ def test_blocks_before_the_window_need_not_exist(
     truth = case.reference(0.125, sliding_window=20)
     case.block_table[0, :5] = case.block_table[1, :3] = -1
     assert_close(case.run(0.125, sliding_window=20), truth, bound(dtype))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_log_sum_exp_is_that_of_the_scores(mix: str, rows: Any) -> None:
+    case = make_case(rows, torch.float64, *MIXES[mix], 16)
+    out, lse = case.run(0.125, sliding_window=90, return_lse=True)
+    assert torch.equal(out, case.reference(0.125, sliding_window=90))
+    start = 0
+    for row, (num_queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        k = gather_pages(case.k_cache, case.block_table[row], 0, length)
+        k = k.repeat_interleave(3, dim=1)
+        scores = torch.einsum("qhd,shd->qhs", case.q[start : start + num_queries], k) * 0.125
+        mask = causal_mask(num_queries, length, 90, torch.device("cpu")).unsqueeze(1)
+        truth = scores.masked_fill(~mask, float("-inf")).logsumexp(-1)
+        torch.testing.assert_close(lse[start : start + num_queries], truth)
+        start += num_queries
+
+
+def test_keys_before_key_start_are_not_seen(dtype: torch.dtype, rows: Any) -> None:
+    case = make_case(rows, dtype, [1, 3, 2], [40, 33, 5], 16)
+    key_start = torch.tensor([41, 20, 0])
+    out, lse = case.run(0.125, key_start=key_start, return_lse=True)
+    assert (lse[0] == float("-inf")).all() and not out[0].any()
+    # What is hidden may be anything, and need not have blocks.
+    case.block_table[0, :2] = case.block_table[1, :1] = -1
+    again, again_lse = case.run(0.125, key_start=key_start, return_lse=True)
+    assert torch.equal(out, again) and torch.equal(lse, again_lse)
+    # The others equal attention to a sequence that begins at key_start.
+    k, v = (gather_pages(c, case.block_table[1], 20, 36) for c in (case.k_cache, case.v_cache))
+    mask = causal_mask(3, 16, None, torch.device("cpu"))
+    truth, truth_lse = attend_reference(case.q[1:4], k, v, 0.125, mask)
+    assert torch.equal(out[1:4], truth) and torch.equal(lse[1:4], truth_lse)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_an_eight_bit_cache_is_near_the_plain_one(cache_dtype: torch.dtype, rows: Any) -> None:
+    case = make_case(rows, torch.float32, *VERIFY, 16)
+    plain = case.reference(0.125)
+    stored = [quantize_kv(x.nan_to_num(), cache_dtype) for x in (case.k_cache, case.v_cache)]
+    (case.k_cache, k_scale), (case.v_cache, v_scale) = stored
+    out = case.run(0.125, k_scale=k_scale, v_scale=v_scale)
+    # int8 keeps a value to 1/254 of its row's greatest, fp8 to 1/16 of itself.
+    bound = 0.02 if cache_dtype == torch.int8 else 0.08
+    error = (out - plain).norm() / plain.norm()
+    assert 0 < error < bound
+
+
+def test_an_implementation_that_cannot_serve_is_refused(rows: Any) -> None:
+    case = make_case(rows, torch.float32, [1], [3], 16)
+    start = torch.zeros(1, dtype=torch.int32)
+    for implementation in ("native", "sdpa"):
+        with pytest.raises(ValueError, match="key_start"):
+            case.run(0.125, key_start=start, implementation=implementation)
+        with pytest.raises(ValueError, match="log-sum-exp"):
+            case.run(0.125, return_lse=True, implementation=implementation)
+    with pytest.raises(ValueError, match="soft cap"):
+        case.run(0.125, soft_cap=1.0, implementation="sdpa")
+    with pytest.raises(ValueError, match="does not exist"):
+        case.run(0.125, implementation="flash")
+    half = make_case(rows, torch.float16, [1], [3], 16)
+    with pytest.raises(ValueError, match="native"):
+        half.run(0.125, implementation="native")
+
+
+@pytest.mark.skipif(is_interpreted(), reason="Triton's interpreter takes CPU tensors")
+def test_triton_needs_a_gpu(rows: Any) -> None:
+    case = make_case(rows, torch.float32, [1], [3], 16)
+    with pytest.raises(ValueError, match=r"'triton' cannot serve .*Triton"):
+        case.run(0.125, implementation="triton")
+
+
+@pytest.mark.parametrize("implementation", ["native", "sdpa", "reference"])
+def test_every_implementation_equals_fp64(
+    implementation: str, rows: Any, assert_close: Any
+) -> None:
+    case = make_case(rows, torch.float32, *MIXED, 16)
+    for cache in (case.k_cache, case.v_cache):
+        cache.nan_to_num_(0.0)  # sdpa multiplies by zero what lies behind a request's end
+    out = case.run(0.125, implementation=implementation)
+    assert_close(out, case.reference(0.125), bound(torch.float32))
+
+
+def test_caches_and_queries_that_do_not_fit_are_refused(rows: Any) -> None:
+    case = make_case(rows, torch.float32, [1], [3], 16)
+    whole = case.v_cache
+    case.v_cache = whole.bfloat16()
+    with pytest.raises(ValueError, match="caches differ"):
+        case.run(0.125)
+    case.v_cache, case.q = whole, case.q.bfloat16()
+    with pytest.raises(ValueError, match="the queries are"):
+        case.run(0.125)
+    case.q = case.q.float()[:, :8]
+    with pytest.raises(ValueError, match="8 heads"):
+        case.run(0.125)

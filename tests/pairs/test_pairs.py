@@ -29,7 +29,10 @@ from workbench.engine.engine import Engine
 NEW_TOKENS = 24
 #: Settings under which a technique has something to do at the size of these prompts.
 TIGHT = {
-    "cascade_attention": ("engine.attention.min_requests=2", "engine.attention.min_shared_tokens=4"),
+    "cascade_attention": (
+        "engine.attention.min_requests=2",
+        "engine.attention.min_shared_tokens=4",
+    ),
     "chunked_prefill": ("engine.prefill.chunk_tokens=7",),
     "decode_first": ("engine.policy.steps_between_prompts=3",),
     "optimistic_admission": ("engine.admission.headroom_tokens=2",),

@@ -12,7 +12,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE
+from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE, why_not_here
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits
 from workbench.bench.load import LoadGenerator, Offline
@@ -55,6 +55,13 @@ def requests() -> list[WorkloadRequest]:
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe_composes_builds_and_runs(recipe: str) -> None:
+    key, _, name = recipe.partition("=")
+    reason = why_not_here(name) if key == "+technique" else None
+    if reason is not None:
+        assert "cannot be used" in reason or "not installed" in reason, (
+            "no reason a user could act on"
+        )
+        pytest.skip(reason)
     plan = plan_run(on_a_tiny_model(recipe))
     variants = engine_variants(plan, Limits(max_num_seqs=3, max_model_len=64))
     assert variants

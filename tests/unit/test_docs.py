@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tests.helpers.engines import TECHNIQUES, check_idle, node_of, tiny_engine
+from tests.helpers.engines import TECHNIQUES, check_idle, node_of, tiny_engine, why_not_here
 from tests.helpers.pages import (
     GUIDE,
     REPO,
@@ -354,6 +354,8 @@ def test_measuring_command_of_a_readme_passes_its_gates(
     assert len(found) == 1
     overrides = shlex.split(found[0])[3:]
     assert overrides[0] == f"+technique={name}"
+    if name != TEMPLATE and (reason := why_not_here(name)):
+        pytest.skip(reason)
     monkeypatch.setattr(cli_run, "measure_ceilings", lambda device: None)
     smaller = [f"model={tiny_model('llama', max_position_embeddings=4096)}", "dtype=float32"]
     smaller += ["baselines=[]", "bench.reference=base", "bench.rounds=1", "bench.warmup=0"]

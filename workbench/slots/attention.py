@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import kernels
+from kernels.attention import Implementation
 from workbench.core.step import ForwardBatch
 from workbench.slots.component import Component
 from workbench.slots.kv_pool import KVPool
@@ -82,6 +83,9 @@ class SdpaAttention(AttentionBackend):
         self, q: torch.Tensor, layer: AttentionLayer, metadata: ForwardBatch, pool: KVPool
     ) -> torch.Tensor:
         k_cache, v_cache = pool.layer(layer.index)
+        implementation: Implementation = "auto"  # on the CPU
+        if q.is_cuda:
+            implementation = "sdpa" if layer.soft_cap is None else "reference"
         return kernels.paged_attend(
             q,
             k_cache,
@@ -94,6 +98,7 @@ class SdpaAttention(AttentionBackend):
             soft_cap=layer.soft_cap,
             query_lens=metadata.query_lens_host,
             seq_lens_list=metadata.seq_lens_host,
+            implementation=implementation,
         )
 
     def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:

@@ -1,0 +1,96 @@
+"""Picks a backend for steps of single tokens and one for all others, by what was measured."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from techniques.attention import CountingAttention, Phase, phase_of
+from techniques.auto_attention.measured import CLASSES, ranking
+from workbench.core.step import ForwardBatch
+from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
+from workbench.slots.kv_pool import KVPool
+
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+
+
+@dataclass(frozen=True, slots=True)
+class AutoMetadata:
+    """Metadata of the backend that serves the step."""
+
+    phase: Phase
+    inner: Any
+
+
+class AutoAttention(CountingAttention):
+    """Delegates to the first backend of a ranking that can serve the model.
+
+    Which one that is for each kind of step stands in :attr:`picks`, in :meth:`describe` and in the
+    counters; why others were passed over in :attr:`passed_over`.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.picks: dict[Phase, str] = {}
+        self.passed_over: dict[str, list[str]] = {}
+        self._backends: dict[str, AttentionBackend] = {}
+        super().__init__(config)
+
+    @property
+    def cudagraph_support(self) -> CudaGraphSupport:  # type: ignore[override]
+        """What all picked backends support."""
+        picked = [self._backends[name].cudagraph_support for name in self.picks.values()]
+        return min(picked, default=CudaGraphSupport.NEVER)
+
+    def describe(self) -> str:
+        """One line on what was picked, such as ``decode triton, prefill flash_attn``."""
+        return ", ".join(f"{phase} {name}" for phase, name in self.picks.items())
+
+    def build_metadata(self, batch: ForwardBatch) -> AutoMetadata:
+        phase = phase_of(batch)
+        return AutoMetadata(phase, self._backends[self.picks[phase]].build_metadata(batch))
+
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: AutoMetadata, pool: KVPool
+    ) -> torch.Tensor:
+        name = self.picks[metadata.phase]
+        self.count(metadata.phase)
+        self._calls[f"{name}_calls"] += 1
+        return self._backends[name].forward(q, layer, metadata.inner, pool)
+
+    def reset_counters(self) -> None:
+        super().reset_counters()
+        for name in dict.fromkeys(self.picks.values()):
+            self._calls[f"{name}_calls"] = 0
+            self._backends[name].reset_counters()
+
+    def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
+        """Pick for every kind of step; reasons only where nothing at all can serve it."""
+        device = pool.layer(0)[0].device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        self.picks, self.passed_over, self._backends = {}, {}, {}
+        for phase in PHASES:
+            for name in ranking(capability, phase):
+                if name not in self._backends:
+                    self._backends[name] = _build(name)
+                    reasons = self._backends[name].unsupported_reasons(layers, pool)
+                    if reasons:
+                        self.passed_over[name] = reasons
+                if name not in self.passed_over:
+                    self.picks[phase] = name
+                    break
+        self.reset_counters()
+        missing = [phase for phase in PHASES if phase not in self.picks]
+        return [
+            f"no backend serves steps of kind {phase}: "
+            + "; ".join(f"{name}: {', '.join(why)}" for name, why in self.passed_over.items())
+            for phase in missing
+        ]
+
+
+def _build(name: str) -> AttentionBackend:
+    module, _, attribute = CLASSES[name].rpartition(".")
+    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)()
+    return backend

@@ -1,0 +1,98 @@
+"""Split-KV decoding and mixed prefill over block tables, in Triton (``kernels.triton``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from kernels import triton
+from kernels.quantized_kv import is_quantized
+from techniques.attention import (
+    CountingAttention,
+    Phase,
+    capability_reasons,
+    dtype_reasons,
+    head_dim_reasons,
+    phase_of,
+    quantized_reasons,
+)
+from workbench.core.step import ForwardBatch
+from workbench.slots.attention import AttentionLayer, CudaGraphSupport
+from workbench.slots.kv_pool import KVPool
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+
+Scales = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TritonMetadata:
+    """A batch, and what is found out of it once a step."""
+
+    batch: ForwardBatch
+    max_query_len: int
+    phase: Phase
+
+
+class TritonAttention(CountingAttention):
+    """Our own kernels: one for few queries a request, one for any mixture of lengths.
+
+    A pool in 8 bits serves where it has ``layer_scales(index) -> (k_scale, v_scale)``, in a layout
+    of :mod:`kernels.quantized_kv`.
+    """
+
+    #: Launches depend on shapes and on the longest query alone.
+    cudagraph_support = CudaGraphSupport.ALWAYS
+
+    def build_metadata(self, batch: ForwardBatch) -> TritonMetadata:
+        return TritonMetadata(batch, batch.max_query_len, phase_of(batch))
+
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: TritonMetadata, pool: KVPool
+    ) -> torch.Tensor:
+        self.count(metadata.phase)
+        batch = metadata.batch
+        k_cache, v_cache = pool.layer(layer.index)
+        k_scale, v_scale = _scales(pool, layer.index)
+        return kernels.paged_attend(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_table,
+            batch.query_start_loc,
+            batch.seq_lens,
+            layer.scale,
+            sliding_window=layer.sliding_window,
+            soft_cap=layer.soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            max_query_len=metadata.max_query_len,
+            implementation="triton",
+        )
+
+    def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
+        cache = pool.layer(0)[0]
+        device = triton.unsupported_reason(cache)
+        reasons = [device] if device else []
+        reasons += capability_reasons(pool, (8, 0))
+        reasons += dtype_reasons(pool, _DTYPES)
+        reasons += head_dim_reasons(layers, most=_MAX_HEAD_DIM)
+        if _scales_of(pool) is None:
+            reasons += quantized_reasons(pool)
+        return reasons
+
+
+def _scales_of(pool: KVPool) -> Callable[[int], Scales] | None:
+    return getattr(pool, "layer_scales", None)
+
+
+def _scales(pool: KVPool, index: int) -> Scales:
+    """Scales of a layer's keys and values; None where they are stored as they are."""
+    scales_of = _scales_of(pool)
+    if scales_of is None or not is_quantized(pool.layer(index)[0]):
+        return None, None
+    return scales_of(index)

@@ -1,0 +1,48 @@
+"""Triton's kernels in tests: on a GPU as they are, elsewhere in Triton's interpreter.
+
+Triton decides when it is imported whether kernels are Python functions (``TRITON_INTERPRET=1``), so
+a file of tests starts itself again in a process of its own:
+
+    pytestmark = needs_kernels
+
+    def test_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.triton import HAS_TRITON, is_interpreted
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU and not is_interpreted() else "cpu")
+ROOT = Path(__file__).parents[2]
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_kernels = pytest.mark.skipif(
+    not (is_interpreted() or (HAS_TRITON and HAS_GPU)),
+    reason="runs on a GPU, or in the process that test_in_the_interpreter starts",
+)
+#: On the one test that starts the process.
+starts_interpreter = pytest.mark.skipif(
+    is_interpreted() or HAS_GPU or not HAS_TRITON,
+    reason="Triton is not installed, interprets already, or has a GPU to run on",
+)
+
+
+def run_in_interpreter(file: str, *options: str) -> None:
+    """Run the tests of ``file`` in a process where Triton interprets its kernels."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, file]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(done.stdout[-6000:] + done.stderr[-2000:], pytrace=False)
+    dots = sum(line.count(".") for line in done.stdout.splitlines() if line.endswith("%]"))
+    assert dots > 0, f"nothing ran: {done.stdout}"
