@@ -1,8 +1,8 @@
 """Which implementation an op takes: by device and dtype, decided in one place.
 
 An op's module holds its torch reference and its dispatcher; a fast implementation for a device
-lives in that device's sub-package (``kernels.cpu``, ``kernels.triton``) and is imported on its first
-use. What has none there takes torch's ops.
+lives in that device's sub-package (``kernels.cpu``, ``kernels.triton``) and is imported on its
+first use. What has none there takes torch's ops.
 """
 
 from __future__ import annotations

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 
 from tests.helpers.fake_runner import Choice, FakeRunner, make_request, make_scheduler
+from tests.helpers.traffic import Traffic
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError, RequestError
-from workbench.core.request import FinishReason, Request, RequestStatus
-from workbench.core.step import SchedulerOutput
-from workbench.slots.scheduler import Scheduler
+from workbench.core.request import FinishReason, RequestStatus
 
 SCHEDULERS = options_of("engine/scheduler")
 COMBINATIONS = list(
@@ -49,99 +47,6 @@ def choice(
     )
 
 
-def check_budget(scheduler: Scheduler, plan: SchedulerOutput) -> None:
-    """A step keeps to the budget, but for one prompt that is longer and then runs alone."""
-    total = plan.total_num_scheduled_tokens
-    if total > scheduler.token_budget:
-        assert len(plan.request_ids) == 1, "over the budget with company"
-        assert plan.new_requests, "over the budget without a new prompt"
-
-
-class Traffic:
-    """Arrivals, aborts in every state, ends; and what is owed to each request."""
-
-    def __init__(self, scheduler: Scheduler, seed: int, max_drafts: int) -> None:
-        self.rng = random.Random(seed)
-        self.scheduler = scheduler
-        self.runner = FakeRunner(scheduler, seed, max_drafts)
-        self.live: dict[str, Request] = {}
-        self.done: dict[str, Request] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.idle_steps: dict[str, int] = {}
-        self.count = 0
-
-    def arrive(self) -> None:
-        request = make_request(
-            f"r{self.count}",
-            prompt_len=self.rng.randint(1, MAX_LEN - 1),
-            max_tokens=self.rng.randint(1, 20),
-            ignore_eos=self.rng.random() < 0.5,
-            stop_token_ids=(99,),
-        )
-        self.count += 1
-        self.scheduler.add(request)
-        self.live[request.request_id] = request
-        self.tokens[request.request_id] = []
-
-    def abort(self) -> None:
-        """Abort one that waits, runs or has drafts, or one that ended long ago."""
-        name = self.rng.choice([*self.live, *list(self.done)[-3:], "never seen"])
-        ended = self.scheduler.finish(name, FinishReason.ABORT)
-        assert (ended is not None) == (name in self.live)
-        if ended is not None:
-            assert ended.finish_reason is FinishReason.ABORT
-            self.done[name] = self.live.pop(name)
-
-    def step(self) -> None:
-        running = dict(self.scheduler.running)
-        plan, updates = self.runner.step()
-        if plan is None:
-            assert not self.scheduler.running, "somebody runs, yet nothing was scheduled"
-            return
-        check_budget(self.scheduler, plan)
-        self._check_nobody_starves(plan, running)
-        for update in updates:
-            request = update.request
-            name = request.request_id
-            assert update.new_token_ids, "an update without a token"
-            self.tokens[name] += update.new_token_ids
-            assert self.tokens[name] == request.output_token_ids
-            if request.is_finished:
-                self.done[name] = self.live.pop(name)
-                self._check_end(request)
-            else:
-                room = request.max_total_tokens - request.num_tokens - 1
-                assert len(request.draft_token_ids) <= room, "drafts past the request's end"
-
-    def _check_nobody_starves(self, plan: SchedulerOutput, running: dict[str, Request]) -> None:
-        """Every running request moves in every step."""
-        for name in running:
-            assert name in plan.request_ids, f"{name} runs, but was left out of the step"
-
-    def _check_end(self, request: Request) -> None:
-        assert request.num_tokens <= request.max_total_tokens <= MAX_LEN
-        output, sampling = request.output_token_ids, request.sampling
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids)}
-        assert not stops & set(output[:-1]), "tokens after the end"
-        if output[-1] in stops:
-            assert request.finish_reason is FinishReason.STOP
-        else:
-            assert request.finish_reason is FinishReason.LENGTH
-            assert request.num_tokens == request.max_total_tokens
-
-    def drain(self, limit: int = 3000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_unfinished():
-                break
-            self.step()
-        assert not self.live, f"never finished: {list(self.live)}"
-        usage = self.scheduler.parts.kv_cache.usage()
-        assert (usage.allocated_tokens, usage.used_tokens) == (0, 0)
-        assert not self.scheduler.running
-        assert not self.scheduler.has_unfinished()
-        assert self.scheduler.schedule() is None
-
-
 @combinations
 @pytest.mark.parametrize("max_drafts", [0, 5])
 @pytest.mark.parametrize("seed", range(4))
@@ -157,7 +62,7 @@ def test_random_traffic(
             traffic.arrive()
         elif roll < 0.52:
             traffic.abort()
-        traffic.step()
+        traffic.step(abort_meanwhile=traffic.rng.random() < 0.05)
     assert traffic.count > 40
     traffic.drain()
     reasons = {request.finish_reason for request in traffic.done.values()}
@@ -185,7 +90,7 @@ def test_aborting_everything_at_any_moment_leaves_nothing(
             traffic.scheduler.finish(name, FinishReason.ABORT)
             traffic.scheduler.check_integrity()
             traffic.live.pop(name)
-        traffic.drain()
+        traffic.check_nothing_is_held()
 
 
 @combinations
@@ -193,18 +98,10 @@ def test_first_come_is_admitted_first(
     scheduler: str, prefill: str, kv_cache: str, admission: str
 ) -> None:
     traffic = Traffic(make_scheduler(choice(scheduler, prefill, kv_cache, admission)), 3, 2)
-    started: list[str] = []
-    execute = traffic.runner._apply
-
-    def spy(plan: SchedulerOutput) -> None:
-        started.extend(new.request_id for new in plan.new_requests)
-        execute(plan)
-
-    traffic.runner._apply = spy  # type: ignore[method-assign]
     for _ in range(20):
         traffic.arrive()
     traffic.drain()
-    assert started == [f"r{i}" for i in range(20)]
+    assert traffic.started == [f"r{i}" for i in range(20)]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -233,7 +130,7 @@ def test_drafts_of_one_request_never_leave_another_out(scheduler: str, prefill: 
     for _ in range(10):
         plan, _ = runner.step()
         assert plan is not None
-        assert plan.request_ids == [f"r{i}" for i in range(4)]
+        assert sorted(plan.request_ids) == [f"r{i}" for i in range(4)]
         assert plan.total_num_scheduled_tokens <= 4
 
 
@@ -275,8 +172,7 @@ def test_output_is_clipped_to_the_context(
     traffic = Traffic(make_scheduler(choice(scheduler, prefill, kv_cache, admission)), 0, 4)
     traffic.runner.eos_rate = 0.0
     request = make_request("r", prompt_len=20, max_tokens=1000, ignore_eos=True)
-    traffic.scheduler.add(request)
-    traffic.live["r"], traffic.tokens["r"] = request, []
+    traffic.arrive(request)
     traffic.drain()
     assert request.num_tokens == MAX_LEN
     assert request.finish_reason is FinishReason.LENGTH
@@ -295,6 +191,29 @@ def test_id_can_be_used_again_right_after_an_abort() -> None:
     assert plan.finished_request_ids == ["again"]
     assert [new.request_id for new in plan.new_requests] == ["again"]
     assert runner.num_known["again"] == 8
+
+
+def test_an_id_may_come_back_while_the_step_of_its_last_bearer_runs() -> None:
+    for max_drafts in (0, 3):
+        built = make_scheduler(Choice())
+        runner = FakeRunner(built, max_drafts=max_drafts)
+        runner.eos_rate = 0.0
+        for name in ("again", "other"):
+            built.add(make_request(name, max_tokens=9, ignore_eos=True))
+        runner.step()
+        plan = built.schedule()
+        assert plan is not None
+        result = runner.execute(plan)
+        built.finish("again", FinishReason.ABORT)
+        built.add(make_request("again", prompt_len=7))
+        updates = built.update_from_output(plan, result)
+        assert [u.request.request_id for u in updates] == ["other"]
+        assert built.requests["again"].output_token_ids == []
+        built.check_integrity()
+        plan, _ = runner.step()
+        assert plan is not None
+        assert plan.finished_request_ids == ["again"]
+        assert [new.request_id for new in plan.new_requests] == ["again"]
 
 
 def test_static_batch_closes_and_counts_idle_rows() -> None:

@@ -20,6 +20,9 @@ class Component(ABC):  # noqa: B024 - its subclasses, the slots, have the abstra
     """
 
     Config: ClassVar[type[Any]] = NoConfig
+    #: Whether it orders by ``Request.priority``; without one that does, giving a priority is an
+    #: error.
+    uses_priority: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

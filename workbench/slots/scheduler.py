@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from workbench.core.errors import ConfigError, RequestError
 from workbench.core.request import FinishReason, Request, RequestStatus
-from workbench.core.step import ModelRunnerOutput, NewRequest, SchedulerOutput
+from workbench.core.step import ModelRunnerOutput, SchedulerOutput
 from workbench.slots.admission import Admission
 from workbench.slots.component import Component
 from workbench.slots.kv_cache import KVCacheManager, KVUsage
@@ -16,7 +16,7 @@ from workbench.slots.kv_space import KVSpace
 from workbench.slots.policy import Policy, WaitingQueue
 from workbench.slots.prefill import Prefill
 from workbench.slots.prefix_cache import PrefixCache
-from workbench.slots.step_plan import RequestUpdate, SteadyPlan, StepPlan
+from workbench.slots.step_plan import RequestUpdate, Running, StepPlan, append_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +63,23 @@ class Scheduler(Component):
         super().__init__(config)
         self.parts = parts
         self.token_budget = parts.prefill.token_budget(config.max_num_batched_tokens)
-        if self.token_budget < parts.max_num_seqs:
-            raise ConfigError(
-                f"a step's budget of {self.token_budget} tokens is under "
-                f"max_num_seqs={parts.max_num_seqs}, so running requests could starve. Raise the "
-                "budget or lower max_num_seqs."
-            )
+        _check_parts(parts, self.token_budget)
         self.space = KVSpace(parts.kv_cache, parts.prefix_cache, parts.offload)
-        if parts.admission.preempts_to_host and not parts.offload.holds_blocks:
-            raise ConfigError(
-                "admission.preemption=swap needs a host tier to swap to. Choose "
-                "engine/kv_offload=host, or admission.preemption=recompute."
-            )
         self.waiting = WaitingQueue(parts.policy, parts.prefix_cache.match_length)
-        self.running: dict[str, Request] = {}
         self.requests: dict[str, Request] = {}
         self.finished_since_plan: list[str] = []
+        self._running = Running(parts.kv_cache.block_size)
         self._step = 0
-        self._steady: SteadyPlan | None = None
-        self._num_kv_tokens = 0
+        self._planned: SchedulerOutput | None = None  # the plan that is being executed
+        self._planned_decodes: list[RequestUpdate] = []  # of its first requests
+        self._head_is_stuck = False  # the next to start had no room, and nothing has changed since
+        self._steps_without_prompts = 0
         self.reset_counters()
+
+    @property
+    def running(self) -> dict[str, Request]:
+        """Requests that have a row, by id; not to be changed."""
+        return self._running.requests
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -114,7 +111,7 @@ class Scheduler(Component):
         self.requests[request.request_id] = request
         self.space.prepare(request)
         self.waiting.push(request)
-        self._steady = None
+        self._head_is_stuck = False
 
     def finish(
         self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None
@@ -129,51 +126,51 @@ class Scheduler(Component):
         if num_output_tokens is not None:
             del request.output_token_ids[num_output_tokens:]
             request.num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
-        request.status = RequestStatus.FINISHED
         request.finish_reason = reason
-        request.draft_token_ids = []
-        if self.running.pop(request_id, None) is not None:
+        if request_id in self.running:
+            self._stop_running(request)
+            # Output may have been dropped whose KV is written; nobody knows its tokens any more.
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens)
             self.space.release(request)
-            self._num_kv_tokens -= request.num_computed_tokens
-            self._steady = None
-            self.finished_since_plan.append(request_id)
             self._counts["leaves_while_others_run"] += bool(self.running)
         else:
             self.waiting.remove(request_id)
+            self._head_is_stuck = False
+        request.status = RequestStatus.FINISHED
         self.space.forget(request)
         return request
 
-    def _preempt(self, request: Request, to_host: bool) -> None:
-        """Take a running request's row and KV; it waits again, ahead of those never started."""
-        del self.running[request.request_id]
-        self._num_kv_tokens -= request.num_computed_tokens
+    def _stop_running(self, request: Request) -> None:
+        self._running.stop(request)
+        self.finished_since_plan.append(request.request_id)
+        self._head_is_stuck = False
+
+    def _put_back(self, request: Request, to_host: bool) -> bool:
+        """Let a running request wait again, where it stood; whether its KV went to the host."""
+        self._stop_running(request)
         swapped = self.space.preempt(request, to_host)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.draft_token_ids = []
-        request.num_preemptions += 1
-        self.finished_since_plan.append(request.request_id)
         self.waiting.push(request)
-        self._counts["preemptions"] += 1
-        self._counts["swaps_out"] += swapped
+        return swapped
 
     def plan_failed(self, plan: SchedulerOutput) -> None:
         """A step ended with an exception: how far it came is unknown.
 
-        Its requests are pre-empted, so that they start again from what earlier steps computed,
-        and freed rows are told again.
+        Its requests wait again, to start from what earlier steps computed, and freed rows are told
+        again.
         """
-        self._steady = None
+        self._planned = None
         self.finished_since_plan[:0] = plan.finished_request_ids
         if plan.copies_out or plan.copies_in:
             self.space.distrust_host()
             for new in plan.new_requests:
                 if (request := self.running.get(new.request_id)) is not None:
-                    self._num_kv_tokens -= request.num_computed_tokens
+                    self._running.num_kv_tokens -= request.num_computed_tokens
                     request.num_computed_tokens = 0  # what was to be copied in may not be there
         for request_id in plan.request_ids:
             if (request := self.running.get(request_id)) is not None:
-                self._preempt(request, to_host=False)
+                self._put_back(request, to_host=False)
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
@@ -183,32 +180,42 @@ class Scheduler(Component):
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None where nothing can run."""
-        if self._steady is not None:
-            return self._schedule_steady(self._steady)
-        return self._schedule_anew({})
-
-    def _schedule_anew(self, new_block_ids: dict[str, list[int]]) -> SchedulerOutput | None:
-        """Plan a step request by request; ``new_block_ids`` were given for it already."""
-        plan = StepPlan(self.token_budget, new_block_ids=new_block_ids)
-        before = self._counts["preemptions"]
-        num_after = len(self.running)
-        for request in list(self.running.values()):
+        decodes, others = self._running.decodes, self._running.others
+        plan = StepPlan(self.token_budget - len(decodes))
+        num_preemptions = self._counts["preemptions"]
+        for request in decodes.take_full(self._step):
+            if request.request_id in decodes:  # else it was pre-empted just now
+                self._grow(plan, request, request.num_computed_tokens + 1)
+        if others:
             # Every running request moves in every step: one token is kept for each that follows.
-            num_after -= 1
-            if request.status is RequestStatus.RUNNING:  # else it was pre-empted just now
-                self._schedule_running(plan, request, plan.budget - num_after)
-        num_continuing = len(plan.requests)
-        # A pool that just ran dry has no room for others.
-        room = self._counts["preemptions"] == before
-        while room and plan.budget > 0 and len(self.running) < self.parts.max_num_seqs:
-            if not len(self.waiting) or not self._may_admit() or not self._admit_next(plan):
-                break
-        if not plan.requests:
+            for num_after, request in zip(
+                range(len(others) - 1, -1, -1), list(others.values()), strict=True
+            ):
+                if request.request_id in others:
+                    self._schedule_running(plan, request, plan.budget - num_after)
+        num_continuing = len(plan.requests) + len(decodes)
+        # A pool that just ran dry has no room for others, unless everybody had to give way.
+        if self._counts["preemptions"] == num_preemptions or not num_continuing:
+            self._start_waiting(plan)
+        if not plan.requests and not len(decodes):
             return None
-        self._counts["joins_while_others_run"] += (
-            len(plan.requests) - num_continuing if num_continuing else 0
-        )
+        if num_continuing:
+            self._counts["joins_while_others_run"] += len(plan.new_requests)
         return self._emit(plan)
+
+    def _start_waiting(self, plan: StepPlan) -> None:
+        """Let waiting requests join the step, in the policy's order, as long as there is room."""
+        if self._head_is_stuck or len(self.running) >= self.parts.max_num_seqs:
+            return
+        if not len(self.waiting) or not self._may_admit():
+            return
+        if self.running and self.parts.policy.holds_back(self._steps_without_prompts):
+            return
+        while len(self.waiting) and len(self.running) < self.parts.max_num_seqs:
+            if plan.budget <= 0 or not self._admit_next(plan):
+                # Prompts that run change what the next step may do; single tokens do not.
+                self._head_is_stuck = not plan.requests
+                return
 
     @abstractmethod
     def _may_admit(self) -> bool:
@@ -218,106 +225,59 @@ class Scheduler(Component):
         """Rows of the batch that are held without being used."""
         return 0
 
-    def _schedule_steady(self, steady: SteadyPlan) -> SchedulerOutput | None:
-        """Repeat the last step's plan; only requests whose block is full are looked at."""
-        new_block_ids: dict[str, list[int]] = {}
-        for request in steady.growth.pop(self._step, ()):
-            blocks = self.space.grow(request, request.num_computed_tokens + 1)
-            if blocks is None:  # the pool ran dry: plan anew, and say what was given so far
-                self._steady = None
-                return self._schedule_anew(new_block_ids)
-            if blocks:  # drafts that were rejected may have left room
-                new_block_ids[request.request_id] = blocks
-            self._note_growth(steady.growth, request, request.num_computed_tokens + 1)
-        output = SchedulerOutput(
-            step=self._step,
-            request_ids=steady.request_ids,
-            num_scheduled_tokens=steady.ones,
-            num_draft_tokens=steady.zeros,
-            samples=steady.samples,
-            new_requests=[],
-            new_block_ids=new_block_ids,
-            finished_request_ids=[],
-            num_idle_rows=self._idle_rows(),
-            copies_out=self.space.take_copies()[0] if new_block_ids else (),
-        )
-        self._step += 1
-        self._counts["steps"] += 1
-        self._counts["scheduled_tokens"] += len(steady.ones)
-        return output
-
-    def _note_growth(
-        self, growth: dict[int, list[Request]], request: Request, num_tokens: int
-    ) -> None:
-        """Book when a request that holds ``num_tokens`` after this step needs a block."""
-        room = -num_tokens % self.parts.kv_cache.block_size
-        growth.setdefault(self._step + 1 + room, []).append(request)
-
-    def _become_steady(self, plan: StepPlan, output: SchedulerOutput) -> None:
-        """Keep this step's plan for the next ones, if all it does is one token a request."""
-        if (
-            output.new_requests
-            or len(plan.requests) != len(self.running)
-            or len(plan.requests) != self.token_budget - plan.budget
-            or any(plan.num_drafts)
-            or not all(output.samples)
-        ):
-            return
-        growth: dict[int, list[Request]] = {}
-        for request in plan.requests:
-            self._note_growth(growth, request, request.num_computed_tokens + 1)
-        self._steady = SteadyPlan(
-            output.request_ids,
-            plan.requests,
-            [RequestUpdate(request, [], None) for request in plan.requests],
-            output.num_scheduled_tokens,
-            output.num_draft_tokens,
-            output.samples,
-            growth,
-        )
-
     def _schedule_running(self, plan: StepPlan, request: Request, budget: int) -> None:
+        computed = request.num_computed_tokens
+        outstanding = request.num_tokens - computed
         # Drafts are optional: they go before a running request is left out of the step.
         num_drafts = min(len(request.draft_token_ids), budget - 1)
-        outstanding = request.num_tokens - request.num_computed_tokens
-        if num_drafts == 0 and outstanding == 1:
-            num_tokens = 1
-        else:
-            num_tokens = self.parts.prefill.num_tokens(
-                outstanding + num_drafts, budget, not plan.requests
-            )
-            if num_tokens == 0:
-                return
-            num_drafts = max(0, num_tokens - outstanding)
-        blocks = self._grow_or_preempt(plan, request, request.num_computed_tokens + num_tokens)
-        if blocks is None:
+        is_empty = not plan.requests and not len(self._running.decodes)
+        num_tokens = self.parts.prefill.num_tokens(outstanding + num_drafts, budget, is_empty)
+        if num_tokens == 0:
             return
-        if blocks:
-            plan.new_block_ids.setdefault(request.request_id, []).extend(blocks)
-        plan.add(request, num_tokens, num_drafts)
+        num_drafts = max(0, num_tokens - outstanding)
+        if num_drafts:
+            blocks = self.space.grow(request, computed + num_tokens)
+            if blocks is None:  # and before anybody is pre-empted
+                num_tokens, num_drafts = num_tokens - num_drafts, 0
+            elif blocks:
+                plan.new_block_ids[request.request_id] = blocks
+        if num_drafts or self._grow(plan, request, computed + num_tokens):
+            plan.add(request, num_tokens, num_drafts)
 
-    def _grow_or_preempt(
-        self, plan: StepPlan, request: Request, num_tokens: int
-    ) -> list[int] | None:
-        """Blocks for a running request, taken from the least of the others where none is free;
-        None where it had to be pre-empted itself."""
+    def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
+        """Get a running request room for ``num_tokens`` tokens, from the last of those that run
+        where nothing is free; False where it had to give way itself."""
         while (blocks := self.space.grow(request, num_tokens)) is None:
-            planned = {r.request_id for r in plan.requests}
-            others = [r for r in self.running.values() if r.request_id not in planned]
-            victim = max(others, key=self.waiting.key)
-            self._preempt(victim, self.parts.admission.preempts_to_host)
-            plan.new_block_ids.pop(victim.request_id, None)
+            victim = max(self.running.values(), key=self.waiting.rank)
+            self._preempt(plan, victim)
             if victim is request:
-                return None
-        return blocks
+                return False
+        if blocks:
+            plan.new_block_ids[request.request_id] = blocks
+        return True
+
+    def _preempt(self, plan: StepPlan, victim: Request) -> None:
+        """Take a running request's KV, and it out of the step if it is planned already."""
+        if victim.request_id in self._running.decodes:
+            plan.budget += 1
+        else:
+            plan.drop(victim)
+        plan.new_block_ids.pop(victim.request_id, None)
+        victim.num_preemptions += 1
+        self._counts["preemptions"] += 1
+        self._counts["preempted_tokens"] += victim.num_computed_tokens
+        swapped = self._put_back(victim, self.parts.admission.preempts_to_host)
+        self._counts["swaps_out"] += swapped
 
     def _admit_next(self, plan: StepPlan) -> bool:
+        """Start the request that goes next; False where it has to wait for budget or KV."""
         request = self.waiting.peek()
         assert request is not None
         parts, space = self.parts, self.space
         found = space.find(request)
         outstanding = request.num_tokens - found.num_tokens
-        num_tokens = parts.prefill.num_tokens(outstanding, plan.budget, not plan.requests)
+        is_empty = not plan.requests and not len(self._running.decodes)
+        num_tokens = parts.prefill.num_tokens(outstanding, plan.budget, is_empty)
         if num_tokens == 0:
             return False
         total = found.num_tokens + num_tokens
@@ -326,47 +286,41 @@ class Scheduler(Component):
             return False
         self.waiting.pop()
         request.num_computed_tokens = found.num_tokens
-        self._num_kv_tokens += found.num_tokens
+        self._running.start(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = found.num_tokens
             plan.num_cached_tokens += found.num_tokens
-        request.status = RequestStatus.RUNNING
-        self.running[request.request_id] = request
-        plan.new_requests.append(
-            NewRequest(
-                request_id=request.request_id,
-                token_ids=request.token_ids,
-                num_prompt_tokens=request.num_prompt_tokens,
-                num_computed_tokens=request.num_computed_tokens,
-                block_ids=blocks,
-                sampling=request.sampling,
-                seed=request.sampling.seed or 0,
-            )
-        )
-        plan.add(request, num_tokens, 0)
+        plan.start(request, num_tokens, blocks)
+        pool_tokens = parts.kv_cache.num_blocks * parts.kv_cache.block_size
+        possible = self._running.num_possible_tokens
         self._counts["admitted"] += 1
+        self._counts["overcommitted_starts"] += possible > pool_tokens
         self._counts["swaps_in"] += found.swapped
         return True
 
     def _emit(self, plan: StepPlan) -> SchedulerOutput:
-        samples = [
-            r.num_computed_tokens + tokens - drafts >= r.num_tokens
-            for r, tokens, drafts in zip(
-                plan.requests, plan.num_scheduled, plan.num_drafts, strict=True
-            )
-        ]
-        num_prefills = sum(r.num_computed_tokens < r.num_prompt_tokens for r in plan.requests)
-        self._counts["partial_prompts"] += samples.count(False)
-        self._counts["mixed_steps"] += 0 < num_prefills < len(plan.requests)
+        """The step's plan: first the requests that decode, then those with more to run."""
+        decodes = self._running.decodes.columns()
+        request_ids, updates, counts, drafts, samples = decodes
+        if plan.requests:
+            request_ids = [*request_ids, *(r.request_id for r in plan.requests)]
+            counts = [*counts, *plan.num_scheduled]
+            drafts = [*drafts, *plan.num_drafts]
+            samples = [*samples, *plan.samples()]
+            self._count_others(plan, samples)
+        else:
+            self._steps_without_prompts += 1
         self._counts["steps"] += 1
-        self._counts["scheduled_tokens"] += sum(plan.num_scheduled)
+        num_tokens = len(updates) + sum(plan.num_scheduled)
+        assert plan.budget == self.token_budget - num_tokens, "the step's budget is miscounted"
+        self._counts["scheduled_tokens"] += num_tokens
         finished, self.finished_since_plan = self.finished_since_plan, []
         copies_out, copies_in = self.space.take_copies()
         output = SchedulerOutput(
             step=self._step,
-            request_ids=[r.request_id for r in plan.requests],
-            num_scheduled_tokens=plan.num_scheduled,
-            num_draft_tokens=plan.num_drafts,
+            request_ids=request_ids,
+            num_scheduled_tokens=counts,
+            num_draft_tokens=drafts,
             samples=samples,
             new_requests=plan.new_requests,
             new_block_ids=plan.new_block_ids,
@@ -376,109 +330,88 @@ class Scheduler(Component):
             copies_out=copies_out,
             copies_in=copies_in,
         )
-        self._become_steady(plan, output)
+        self._planned, self._planned_decodes = output, updates
         self._step += 1
         return output
+
+    def _count_others(self, plan: StepPlan, samples: list[bool]) -> None:
+        num_prefills = sum(r.num_computed_tokens < r.num_prompt_tokens for r in plan.requests)
+        self._counts["partial_prompts"] += samples.count(False)
+        self._counts["mixed_steps"] += 0 < num_prefills < len(samples)
+        if num_prefills or plan.new_requests:
+            self._steps_without_prompts = 0
+        else:
+            self._steps_without_prompts += 1
 
     # -- results ------------------------------------------------------------------------------
 
     def update_from_output(
         self, plan: SchedulerOutput, result: ModelRunnerOutput
     ) -> list[RequestUpdate]:
-        """Book a step's tokens, end the requests that are done, and return what changed."""
-        if self._steady is not None and plan.request_ids is self._steady.request_ids:
-            return self._update_steady(self._steady, result)
-        updates = []
-        get = self.requests.get
-        for request_id, num_tokens, num_drafts, samples, tokens, drafts, logprobs in zip(
-            plan.request_ids,
-            plan.num_scheduled_tokens,
-            plan.num_draft_tokens,
-            plan.samples,
-            result.token_ids,
-            result.draft_token_ids,
-            result.logprobs,
-            strict=True,
-        ):
-            request = get(request_id)
-            if request is None:  # aborted while the step ran
-                continue
-            if samples:  # rejected drafts leave no valid KV
-                num_tokens -= num_drafts - (len(tokens) - 1)
-            computed = request.num_computed_tokens
-            request.num_computed_tokens = computed + num_tokens
-            self._num_kv_tokens += num_tokens
-            if computed < request.num_prompt_tokens:
-                self.space.publish(request)  # a prompt's KV is of use while it still runs
-            if not samples:
-                request.draft_token_ids = []
-                continue
-            kept, reason = self._append(request, tokens)
-            updates.append(
-                RequestUpdate(request, tokens if kept == len(tokens) else tokens[:kept], logprobs)
-            )
-            if reason is not None:
-                self.finish(request_id, reason)
-                continue
-            room = max(0, request.max_total_tokens - request.num_tokens - 1)
-            request.draft_token_ids = drafts[:room]
-            if drafts:
-                self._steady = None
+        """Book a step's tokens, end the requests that are done, and return what changed.
+
+        Comes before the next :meth:`schedule`. The updates are good until then.
+        """
+        assert plan is self._planned, "results of another plan than the last"
+        num_decodes = len(self._planned_decodes)
+        updates = self._update_decodes(result)
+        if num_decodes < len(plan.request_ids):
+            updates = updates + self._update_others(plan, result, num_decodes)
         return updates
 
-    def _update_steady(self, steady: SteadyPlan, result: ModelRunnerOutput) -> list[RequestUpdate]:
-        """Book one token a request; the updates are the same objects in every steady step."""
-        updates = steady.updates
-        ended = []
-        self._num_kv_tokens += len(updates)
-        for update, tokens, logprobs in zip(
-            updates, result.token_ids, result.logprobs, strict=True
-        ):
-            request = update.request
-            update.new_token_ids = tokens
-            update.logprobs = logprobs
-            request.num_computed_tokens += 1
-            request.num_tokens = num_tokens = request.num_tokens + 1
-            (token,) = tokens
-            request.output_token_ids.append(token)
-            if token in request.stop_ids:
-                ended.append((request.request_id, FinishReason.STOP))
-            elif num_tokens >= request.max_total_tokens:
-                ended.append((request.request_id, FinishReason.LENGTH))
-        if any(result.draft_token_ids):
-            self._steady = None
-            for update, drafts in zip(updates, result.draft_token_ids, strict=True):
-                room = update.request.max_total_tokens - update.request.num_tokens - 1
-                update.request.draft_token_ids = drafts[: max(0, room)]
+    def _update_decodes(self, result: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Book one token a request; the updates are the same objects while a request decodes."""
+        planned = self._planned_decodes
+        updates, ended = self._running.book_decodes(planned, result)
         for request_id, reason in ended:
             self.finish(request_id, reason)
+        if any(result.draft_token_ids):
+            for update, drafts in zip(planned, result.draft_token_ids, strict=False):
+                if update.request.status is RequestStatus.RUNNING:
+                    self._running.take_drafts(update.request, drafts, self._step)
         return updates
 
-    @staticmethod
-    def _append(request: Request, tokens: list[int]) -> tuple[int, FinishReason | None]:
-        """Append tokens up to the first that ends the request; how many, and why it ended."""
-        for kept, token in enumerate(tokens, start=1):
-            request.output_token_ids.append(token)
-            request.num_tokens += 1
-            if token in request.stop_ids:
-                return kept, FinishReason.STOP
-            if request.num_tokens >= request.max_total_tokens:
-                return kept, FinishReason.LENGTH
-        return len(tokens), None
+    def _update_others(
+        self, plan: SchedulerOutput, result: ModelRunnerOutput, first: int
+    ) -> list[RequestUpdate]:
+        """Book the requests from ``first`` on: any number of tokens, drafts among them."""
+        updates = []
+        for index in range(first, len(plan.request_ids)):
+            request = self.running.get(plan.request_ids[index])
+            if request is None:  # aborted while the step ran
+                continue
+            tokens, samples = result.token_ids[index], plan.samples[index]
+            num_tokens = plan.num_scheduled_tokens[index]
+            if samples:  # rejected drafts leave no valid KV
+                num_tokens -= plan.num_draft_tokens[index] - (len(tokens) - 1)
+            computed = request.num_computed_tokens
+            request.num_computed_tokens = computed + num_tokens
+            self._running.num_kv_tokens += num_tokens
+            if not samples:
+                self.space.publish(request)  # a prompt's KV is of use while it still runs
+                continue
+            kept, reason = append_tokens(request, tokens)
+            new_token_ids = tokens if kept == len(tokens) else tokens[:kept]
+            updates.append(RequestUpdate(request, new_token_ids, result.logprobs[index]))
+            if reason is not None:
+                self.finish(request.request_id, reason)
+                continue
+            if computed < request.num_prompt_tokens:
+                self.space.publish(request)
+            self._running.take_drafts(request, result.draft_token_ids[index], self._step)
+        return updates
 
     def kv_usage(self) -> KVUsage:
         """Slots of the KV pool now: allocated by the manager, used by computed tokens."""
-        return self.space.usage(self._num_kv_tokens)
+        return self.space.usage(self._running.num_kv_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the scheduler's books contradict each other."""
         assert len(self.running) <= self.parts.max_num_seqs, "more requests run than rows exist"
         assert len(self.running) + len(self.waiting) == len(self.requests), "a request is lost"
-        for request in self.running.values():
-            assert request.status is RequestStatus.RUNNING
-            assert request.num_computed_tokens <= request.num_tokens, "computed beyond the known"
-        held = sum(request.num_computed_tokens for request in self.running.values())
-        assert held == self._num_kv_tokens, "KV tokens miscounted"
+        self._running.check_integrity()
+        for request_id, request in self.requests.items():
+            assert request_id in self.running or not request.num_computed_tokens, "waits with KV"
         self.space.check_integrity(self.running)
 
     # -- counters -----------------------------------------------------------------------------
@@ -491,15 +424,37 @@ class Scheduler(Component):
             "steps",
             "scheduled_tokens",
             "admitted",
+            "overcommitted_starts",
             "joins_while_others_run",
             "leaves_while_others_run",
             "partial_prompts",
             "mixed_steps",
             "preemptions",
+            "preempted_tokens",
             "swaps_out",
             "swaps_in",
         )
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
+
+
+def _check_parts(parts: SchedulerParts, token_budget: int) -> None:
+    """Raise ConfigError where components do not go together."""
+    if token_budget < parts.max_num_seqs:
+        raise ConfigError(
+            f"a step's budget of {token_budget} tokens is under "
+            f"max_num_seqs={parts.max_num_seqs}, so running requests could starve. Raise the "
+            "budget or lower max_num_seqs."
+        )
+    if parts.admission.preempts_to_host and not parts.offload.holds_blocks:
+        raise ConfigError(
+            "admission.preemption=swap needs a host tier to swap to. Choose "
+            "engine/kv_offload=host, or admission.preemption=recompute."
+        )
+    if parts.policy.needs_prefix_cache and not parts.prefix_cache.shares_blocks:
+        raise ConfigError(
+            f"policy {type(parts.policy).__name__} orders by what a prefix cache holds, and there "
+            "is none. Choose engine/prefix_cache=radix (or block_hash), or another engine/policy."
+        )
 
 
 class StaticBatch(Scheduler):

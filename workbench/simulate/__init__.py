@@ -1,0 +1,1 @@
+"""The engine's scheduler and caches without a model."""
