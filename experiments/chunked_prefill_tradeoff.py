@@ -122,8 +122,9 @@ def draw(runs: dict[str, list[Record]], record_file: Path) -> Path | None:
         points = [
             (rows.value(r, "ttft_ms", "p50"), rows.value(r, "itl_ms", "p99")) for r in records
         ]
-        if points:
-            axes.plot(*zip(*points, strict=True), color="#bbbbbb", lw=1.0, zorder=1)
+        chunked = [p for r, p in zip(records, points, strict=True) if r is not runs[load][0]]
+        if chunked:
+            axes.plot(*zip(*chunked, strict=True), color="#bbbbbb", lw=1.0, zorder=1)
         for index, (record, (x, y)) in enumerate(zip(records, points, strict=True)):
             is_base = record is runs[load][0]
             label = "whole prompts" if is_base else record.variant
