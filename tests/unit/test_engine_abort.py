@@ -15,15 +15,15 @@ from tests.helpers.engines import (
     run_to_end,
     shared_engine,
     tiny_engine,
+    together,
 )
 from tests.helpers.tiny_models import hf_greedy, tiny_model
-from workbench.configuration import options_of
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
 from workbench.engine.engine import Engine
 from workbench.slots.executor import Executor
 
-ALL = tuple(options_of("technique"))
+ALL = together()
 SMALL_CHUNKS = "engine.prefill.chunk_tokens=6"
 GREEDY = SamplingParams(max_tokens=10, ignore_eos=True)
 

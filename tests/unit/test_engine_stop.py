@@ -9,10 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers.engines import mixed_prompts, shared_engine
+from tests.helpers.engines import mixed_prompts, shared_engine, together
 from tests.helpers.scripted import run_script
 from tests.helpers.tiny_models import hf_greedy, tiny_model, tiny_tokenizer
-from workbench.configuration import options_of
 from workbench.core.errors import RequestError
 from workbench.core.request import FinishReason
 from workbench.core.sampling import SamplingParams
@@ -171,7 +170,7 @@ def test_stop_needs_a_tokenizer() -> None:
 
 def test_stop_strings_on_a_real_model_with_and_without_every_technique() -> None:
     tokenizer = shared_engine().tokenizer
-    technique_sets = [(), tuple(options_of("technique"))]
+    technique_sets = [(), together()]
     num_stopped = 0
     for prompt in mixed_prompts(6):
         full = hf_greedy(tiny_model("llama"), prompt, 24)
