@@ -109,7 +109,7 @@ def test_table_goes_to_stdout_and_records_are_appended(
         assert main(arguments) == 0
         captured = capsys.readouterr()
         assert "paged_attention" in captured.out
-        assert "kv_cache.blocks" in captured.out  # the column is narrow
+        assert "blocks_alloc" in captured.out  # the column is narrow
         assert "exact" in captured.out
         written = records(tmp_path)
         assert [r["variant"] for r in written] == ["engine", "engine + paged_attention"] * run

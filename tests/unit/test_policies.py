@@ -186,7 +186,7 @@ def test_a_preempted_request_is_found_however_often_it_comes_back() -> None:
         elif waiting:
             shown = queue.peek()
             assert shown is not None
-            wanted = min(waiting.values(), key=queue.rank)
+            wanted = min(waiting.values(), key=queue.place_of)
             assert shown is wanted or shown.is_overdue
             assert queue.pop() is shown
             out[shown.request_id] = waiting.pop(shown.request_id)

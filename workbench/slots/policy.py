@@ -99,7 +99,7 @@ class WaitingQueue:
         self._num_arrivals = 0
         self._num_overtakes = 0  # starts ahead of the oldest since it became the oldest
 
-    def rank(self, request: Request) -> Rank:
+    def place_of(self, request: Request) -> Rank:
         """Where a request stands, waiting or running: the smallest goes first, the largest is
         pre-empted first."""
         index = request.arrival_index
@@ -122,7 +122,7 @@ class WaitingQueue:
         if self._policy.window:
             self._live[request.request_id] = (None, request)
             return
-        entry = (self.rank(request), request)
+        entry = (self.place_of(request), request)
         self._live[request.request_id] = entry
         heapq.heappush(self._heap, entry)
 
@@ -150,7 +150,7 @@ class WaitingQueue:
         window, ask = self._policy.window, self._match_length
         first = [*self._again[:window], *islice(self._new.values(), window)]
         if ask is None:
-            return min(first, key=self.rank)
+            return min(first, key=self.place_of)
         turn = range(self._turn, self._turn + min(_NUM_ASKED, len(first)))
         self._turn = turn.stop
         for request in [first[index % len(first)] for index in turn]:
@@ -159,7 +159,7 @@ class WaitingQueue:
             if request.num_matched_tokens < 0:
                 request.num_matched_tokens = ask(request)
         while True:
-            best = min(first, key=self.rank)
+            best = min(first, key=self.place_of)
             stale, best.num_matched_tokens = best.num_matched_tokens, ask(best)
             if best.num_matched_tokens >= stale:  # else somebody else may be before it now
                 return best

@@ -248,7 +248,7 @@ class Scheduler(Component):
         """Get a running request room for ``num_tokens`` tokens, from the last of those that run
         where nothing is free; False where it had to give way itself."""
         while (blocks := self.space.grow(request, num_tokens)) is None:
-            victim = max(self.running.values(), key=self.waiting.rank)
+            victim = max(self.running.values(), key=self.waiting.place_of)
             self._preempt(plan, victim)
             if victim is request:
                 return False
