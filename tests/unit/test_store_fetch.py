@@ -353,7 +353,10 @@ def test_a_store_that_cannot_be_made_is_named(pip: FakePip, tmp_path: Path) -> N
         fetch("tiny", models_dir=tmp_path / "file" / "store")
 
 
-def test_unknown_names_list_the_valid_ones(pip: FakePip, store: Path) -> None:
+def test_unknown_names_list_the_valid_ones(
+    pip: FakePip, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder has one of these names
     with pytest.raises(UnknownModelError, match=r"Did you mean 'tiny'.*org/name") as caught:
         fetch("tinny", models_dir=store)
     assert isinstance(caught.value, ValueError)
