@@ -3,7 +3,7 @@
 Every case is first compared with the fp32 reference on the same inputs, and is timed only when it
 is right. A timing is a CUDA graph that runs the case over several copies of its inputs in turn, so
 that nothing is read from the L2 cache that a real step would not find there; the median over many
-replays is reported, per call. Needs nothing but torch and Triton.
+replays is reported, per call.
 
 Options: ``--only TEXT`` (cases whose name contains it), ``--out FILE`` (JSONL records added),
 ``--replays N``. The exit code is 1 where a case was wrong.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from kernels.attention import paged_attend
 from kernels.quantized_kv import allocate_kv_scales, find_head_scales, is_quantized, quantize_kv
 from kernels.shared_prefix import cascade_attend
+from workbench.bench.environment import git_state
 
 L2_BYTES = 64 << 20  # inputs are copied until they exceed this several times
 DEVICE = "cuda"
@@ -345,6 +347,7 @@ def machine() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "copy_TBps": round(copy_bandwidth() / 1e12, 3),
+        "git_commit": git_state(Path(__file__).parent)[0],
     }
 
 

@@ -141,6 +141,9 @@ def paged_decode_kernel(
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
+    if IS_DEPENDENT:
+        if prior_out is None:
+            gdc_wait()  # of the launch before, only its end is overlapped: it wrote the queries
     requests = tl.arange(0, BLOCK_B)
     counts = count_blocks(
         seq_lens, query_start_loc, key_start, requests, num_requests, WINDOW, BLOCK_N
@@ -358,7 +361,7 @@ def paged_decode(
     programs = num_multiprocessors(q.device) * tiling.programs_per_multiprocessor
     num_items = max(1, programs // programs_per_item)
     num_requests = len(seq_lens)
-    is_dependent = prior is not None and has_dependent_launch(q.device)
+    is_dependent = has_dependent_launch(q.device)
     k_cache, v_cache, kind = cache_views(k_cache, v_cache)
     block_b = next((b for b in _BLOCK_B if num_requests <= b), _BLOCK_B[-1])
     out = q.new_empty(num_tokens, num_heads, head_dim)

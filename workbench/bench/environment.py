@@ -41,8 +41,9 @@ class Environment:
     packages
         Installed versions by name; what is absent is left out.
     git_commit, git_dirty
-        Of the checkout that the code runs from; None outside a checkout. Records under
-        ``results/`` do not count as changes.
+        Of the checkout that the code runs from. Records under ``results/`` do not count as changes.
+        For a copy outside any checkout, the environment variable ``WORKBENCH_COMMIT`` may name the
+        commit that was copied; whether the copy has changes is then unknown (None).
     """
 
     hardware_slug: str
@@ -167,11 +168,12 @@ def _gpus() -> tuple[list[str], str | None]:
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
     """Return the commit of the checkout that ``folder`` lies in and whether it has changes.
 
-    ``(None, None)`` outside a checkout, without git, or before the first commit.
+    Outside a checkout or without git: what ``WORKBENCH_COMMIT`` names, else None; changes unknown.
+    ``(None, None)`` before the first commit.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
-        return None, None
+        return os.environ.get("WORKBENCH_COMMIT") or None, None
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None, None
