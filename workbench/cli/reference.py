@@ -78,15 +78,29 @@ def scored(
     ----------
     epsilon
         In logits: what a token may lie behind the choice; 0 asks for the very choice.
+
+    Raises
+    ------
+    WorkbenchError
+        From the function that is returned: an output is empty or not as long as it must be, or a
+        token lies too far behind, or nothing can be said of it (a margin that is no number).
     """
 
     def outputs(requests: Sequence[WorkloadRequest]) -> Outputs:
         found = engine_outputs(requests)
+        by_id = {request.request_id: request for request in requests}
         progress.begin("reference (outputs scored by HF)", len(found), time.perf_counter())
         for request_id, tokens in found.items():
+            request = by_id[request_id]
+            if not tokens or (request.ignore_eos and len(tokens) != request.max_tokens):
+                raise WorkbenchError(
+                    f"request {request_id!r} brought {len(tokens)} of {request.max_tokens} output "
+                    "tokens: the engine that was to give the reference is wrong."
+                )
             margins = hf.margins(request_id, tokens)
-            worst = max(range(len(margins)), key=margins.__getitem__, default=None)
-            if worst is not None and margins[worst] > epsilon:
+            # Written so that a NaN margin is too far.
+            worst = next((i for i, margin in enumerate(margins) if not margin <= epsilon), None)
+            if worst is not None:
                 raise WorkbenchError(
                     f"output token {worst} of request {request_id!r} lies {margins[worst]:.3g} "
                     f"logits behind Transformers' choice, more than {epsilon:g}: the engine that "
