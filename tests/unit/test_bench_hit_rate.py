@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.fake_backend import FakeBackend, FakeClock, make_requests, reference
-from workbench.bench.hit_rate import CACHED_TOKENS, HIT_RATE_TOLERANCE, check_hit_rate
+from workbench.bench.hit_rate import CACHED_TOKENS, HIT_RATE_TOLERANCE, check_hit_rate, check_use
 from workbench.bench.load import Closed
 from workbench.bench.report import to_document
 from workbench.bench.run import Variant, VariantResult, run_bench
@@ -38,6 +38,10 @@ def run(
         clock=clock,
     )
     return result
+
+
+#: Counters of a cache that was asked and kept what it was given.
+IN_USE = {"prefix_cache.lookups": 30.0, "prefix_cache.inserted_blocks": 60.0}
 
 
 def cached(share: float) -> dict[str, float]:
@@ -91,7 +95,7 @@ def test_no_declaration_no_gate() -> None:
 
 def test_at_a_declared_rate_of_zero_no_hit_is_the_proof() -> None:
     """A cache that finds nothing has no hits to show; any other technique still must show its."""
-    idle = {**cached(0.0), "hits": 0.0}
+    idle = {**cached(0.0), **IN_USE, "hits": 0.0}
     assert run(0.0, idle, techniques=TECHNIQUE).record.status == "OK"
     assert run(0.0, {**cached(0.3), "hits": 9.0}, techniques=TECHNIQUE).record.verdict == "INVALID"
     unproved = {**cached(0.5), "hits": 0.0}
@@ -99,3 +103,24 @@ def test_at_a_declared_rate_of_zero_no_hit_is_the_proof() -> None:
     other = {"other": {"evidence": ["hits"], "slots": {"drafter": "some"}}}
     assert run(0.0, idle, techniques=other).record.verdict == "INVALID"
     assert run(None, idle, techniques=TECHNIQUE).record.verdict == "INVALID"
+
+
+@pytest.mark.parametrize(
+    ("counts", "what"),
+    [
+        ({}, "never asked"),
+        ({"prefix_cache.inserted_blocks": 60.0}, "never asked"),
+        ({**IN_USE, "prefix_cache.lookups": 0.0}, "never asked"),
+        ({**IN_USE, "prefix_cache.inserted_blocks": 0.0}, "never given anything to keep"),
+    ],
+)
+def test_at_a_declared_rate_of_zero_a_cache_that_does_nothing_is_invalid(
+    counts: dict[str, float], what: str
+) -> None:
+    for techniques in (TECHNIQUE, {}):  # a technique's row, and an engine that has a cache anyway
+        record = run(0.0, {**cached(0.0), **counts, "hits": 0.0}, techniques=techniques).record
+        assert (record.status, record.verdict) == ("INVALID_EVIDENCE", "INVALID")
+        assert f"no evidence: the prefix cache was {what}" in (record.error or "")
+        assert record.metrics is None
+    assert run(0.0, {**cached(0.0), **counts}, has_cache=False).record.status == "OK"
+    assert check_use(0.5, counts) is None and check_use(None, counts) is None

@@ -13,6 +13,10 @@ from workbench.bench.gates import GateResult
 CACHED_TOKENS = "step.num_cached_tokens"
 """The counter of a backend that says how many prompt tokens came from a prefix cache."""
 
+PROOFS_OF_USE = ("prefix_cache.lookups", "prefix_cache.inserted_blocks")
+"""Counters of a prefix cache that move in a run in which it finds nothing, as one without shared
+prefixes must be: prompts looked up, and blocks published."""
+
 HIT_RATE_TOLERANCE = 0.01
 """How far the achieved rate may lie from the declared one, as a share of the prompt tokens."""
 
@@ -59,6 +63,29 @@ def check_hit_rate(declared: float | None, achieved: float | None) -> GateResult
         f"the workload declares a prefix hit rate of {_percent(declared)}, and "
         f"{_percent(achieved)} of the prompt tokens came from the cache: {cause}.",
         details={"declared_hit_rate": declared, "achieved_hit_rate": achieved},
+    )
+
+
+def check_use(declared: float | None, counters: Mapping[str, float]) -> GateResult | None:
+    """Void a round at a declared hit rate of 0 in which the prefix cache was not in use.
+
+    There no hit is as it should be, and a cache that does nothing has none either. So it must have
+    been asked, and must have kept what it was given.
+
+    Returns
+    -------
+    None where all is as it should be, or where another rate, or none, is declared.
+    """
+    if declared != 0:
+        return None
+    idle = [name for name in PROOFS_OF_USE if not counters.get(name, 0) > 0]
+    if not idle:
+        return None
+    what = "asked" if PROOFS_OF_USE[0] in idle else "given anything to keep"
+    return GateResult(
+        "INVALID",
+        f"no evidence: the prefix cache was never {what} (counters at 0 or not reported: "
+        f"{', '.join(idle)}).",
     )
 
 

@@ -29,7 +29,7 @@ from workbench.bench.gates import (
     check_evidence,
     check_exact,
 )
-from workbench.bench.hit_rate import achieved_hit_rate, check_hit_rate
+from workbench.bench.hit_rate import achieved_hit_rate, check_hit_rate, check_use
 from workbench.bench.load import LoadGenerator
 from workbench.bench.metrics import RoundSample, collect
 from workbench.bench.progress import NoProgress, Progress
@@ -375,7 +375,8 @@ class _Job:
         """Every gate, the output's first: evidence found, and the verdict."""
         evidence, no_evidence = check_evidence(state.variant.techniques, counters)
         if no_evidence is not None and self.declared_hit_rate == 0:
-            # No hit is what such a workload is for; the hit rate's own gate stands for the proof.
+            # No hit is what such a workload is for; the gates of the hit rate and of the cache's
+            # use stand for the proof.
             rest = {k: v for k, v in state.variant.techniques.items() if not _caches_prefixes(v)}
             no_evidence = check_evidence(rest, counters)[1]
         errors = {r.request_id: r.error for r in sample.requests if r.error is not None}
@@ -391,7 +392,9 @@ class _Job:
         if gate.is_passed and no_evidence is not None:
             return evidence, no_evidence
         if gate.is_passed and state.variant.has_prefix_cache:
-            return evidence, check_hit_rate(self.declared_hit_rate, hit_rate) or gate
+            declared = self.declared_hit_rate
+            unused = check_use(declared, counters)
+            return evidence, check_hit_rate(declared, hit_rate) or unused or gate
         return evidence, gate
 
     def _check_outputs(self, state: VariantState, served: Outputs) -> GateResult:
