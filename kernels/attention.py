@@ -8,7 +8,8 @@ with PagedAttention", 2023; Dao et al., "FlashAttention", 2022 (online softmax).
 ==================  ===============================================================================
 implementation      what serves, and what it leaves out
 ==================  ===============================================================================
-``triton``          CUDA (and TRITON_INTERPRET=1): everything; a decode kernel and a prefill one
+``triton``          CUDA (and TRITON_INTERPRET=1): fp16, bf16 and fp32 with head sizes up to 256; a
+                    decode kernel and a prefill one
 ``native``          compiled CPU kernel: fp32 and bf16; no 8-bit cache, no ``key_start``, no lse
 ``sdpa``            torch's fused attention over gathered pages, any device: no 8-bit cache, no soft
                     cap, no ``key_start``, no lse
@@ -214,7 +215,7 @@ def paged_attend(
 
 def _choose(q: Tensor, is_plain: bool, soft_cap: float | None) -> Implementation:
     if q.is_cuda:
-        if triton.HAS_TRITON:
+        if triton.HAS_TRITON and _triton_limit(q) is None:
             return "triton"
         return "sdpa" if is_plain and soft_cap is None else "reference"
     if is_plain and dispatch.is_native(q) and q.shape[-1] % _NATIVE_HEAD_DIM == 0:
@@ -222,12 +223,22 @@ def _choose(q: Tensor, is_plain: bool, soft_cap: float | None) -> Implementation
     return "reference"
 
 
+def _triton_limit(q: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve queries of this dtype and head size, if so."""
+    if q.dtype in triton.DTYPES and q.shape[-1] <= triton.MAX_HEAD_DIM:
+        return None
+    return (
+        f"it serves float16, bfloat16 and float32 with head sizes up to {triton.MAX_HEAD_DIM}, not"
+        f" {q.dtype} with {q.shape[-1]}"
+    )
+
+
 def _check_implementation(
     implementation: str, q: Tensor, is_plain: bool, soft_cap: float | None
 ) -> None:
     reason = None
     if implementation == "triton":
-        reason = triton.unsupported_reason(q)
+        reason = triton.unsupported_reason(q) or _triton_limit(q)
     elif implementation == "native":
         if not dispatch.is_native(q) or q.shape[-1] % _NATIVE_HEAD_DIM:
             reason = (
@@ -343,7 +354,7 @@ def paged_attend_sdpa(
     for row, num_queries in enumerate(query_lens):
         if num_queries:
             groups.setdefault(num_queries, []).append(row)
-    if len(groups) == 1 and len(groups[query_lens[0]]) == len(query_lens):
+    if len(groups) == 1 and len(next(iter(groups.values()))) == len(query_lens):
         rows = (q.view(len(query_lens), -1, *q.shape[1:]), k_cache, v_cache, block_table, seq_lens)
         return _attend_padded(*rows, scale, sliding_window).flatten(0, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -211,6 +211,8 @@ def cascade_attend(
 
         table, lens, index = as_int32(*groups[:3])
         groups = (table, lens, index, group_start_loc.to(torch.int32))
+        # Before the prefix is launched: what the second kernel reads must not be written between.
+        rest, key_start = as_int32(*rest), key_start.to(torch.int32)
         prior = prefix_states(
             q, k_cache, v_cache, *groups, scale, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
         )
@@ -218,13 +220,13 @@ def cascade_attend(
             q,
             k_cache,
             v_cache,
-            *as_int32(*rest),
+            *rest,
             scale,
             soft_cap=soft_cap,
             k_scale=k_scale,
             v_scale=v_scale,
             max_query_len=max_query_len,
-            key_start=key_start.to(torch.int32),
+            key_start=key_start,
             prior=prior,
         )
         assert isinstance(out, Tensor)

@@ -482,7 +482,7 @@ def _describe(
         "model": config.source.name,
         "weights": config.weights,
         "weights_origin": config.source.origin,
-        "attention": type(runner.parts.attention).__name__,
+        "attention": runner.parts.attention.describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(platform.device),
         "max_num_seqs": config.limits.max_num_seqs,

@@ -13,6 +13,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of queries
+MAX_HEAD_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -44,7 +44,9 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 #: Arguments of a launch that choose how it is compiled and are no parameters of the kernel.
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
+#: Constants that say that a kernel may start while the one before it finishes (capability 9.0 on).
+_DEPENDENT = ("IS_DEPENDENT", "HAS_DEPENDENT")
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -98,12 +100,17 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     triton.compiler.CompiledKernel
         ``asm`` has every stage by name (``ttgir``, ``ptx``, ``cubin``), ``metadata`` the sizes.
     """
+    options = dict(launch.options)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         kind, is_divisible = _kind_of(value)
+        if parameter.do_not_specialize and isinstance(value, int) and value == 1:
+            kind = "i32"
+        if parameter.name in _DEPENDENT and capability >= 90:  # as a device there would have it
+            value = options["launch_pdl"] = True
         if parameter.is_constexpr or kind == "constexpr":
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
@@ -113,7 +120,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
             attributes[(parameter.num,)] = _DIVISIBLE
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=launch.options)
+    return triton.compile(source, target=target, options=options)
 
 
 def _kind_of(value: Any) -> tuple[str, bool]:

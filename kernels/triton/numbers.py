@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.triton import is_interpreted
 
@@ -27,6 +28,23 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     if dtype == torch.bfloat16 and is_interpreted():
         return tl.float32
     return _TRITON_DTYPES[dtype]
+
+
+def as_bits(cache: Tensor) -> Tensor:
+    """An fp8 cache as bytes: kernels decode them themselves, on devices without fp8 as well."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def kind_of(cache: Tensor) -> str:
+    """What a cache holds, the ``KIND`` of the kernels: ``int8``, ``fp8`` or ``plain``."""
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(cache.dtype, "plain")
+
+
+def scale_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Strides by block, token and head; of fixed scales only the last is one."""
+    if scale is None:
+        return 0, 0, 0
+    return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0))
 
 
 @triton.jit

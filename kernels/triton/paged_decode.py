@@ -57,7 +57,6 @@ from kernels.triton.tiles import (
     round_query,
 )
 
-MAX_QUERY_LEN = 16  # more queries a request are better served by the prefill kernel
 _MAX_TILE_ROWS = 64
 _BLOCK_B = (1, 16, 128, 1024)  # requests looked at together; each is a kernel of its own
 _MIN_COUNTERS = 1 << 17
@@ -141,9 +140,8 @@ def paged_decode_kernel(
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
-    if IS_DEPENDENT:
-        if prior_out is None:
-            gdc_wait()  # of the launch before, only its end is overlapped: it wrote the queries
+    if IS_DEPENDENT and prior_out is None:
+        gdc_wait()  # of the launch before, only its end is overlapped: it wrote the queries
     requests = tl.arange(0, BLOCK_B)
     counts = count_blocks(
         seq_lens, query_start_loc, key_start, requests, num_requests, WINDOW, BLOCK_N
@@ -343,7 +341,8 @@ def paged_decode(
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    max_rows = max_query_len * group
+    # Lengths of drafts and of prompts' last pieces vary: five kernels serve 1 to 16 queries.
+    max_rows = triton.next_power_of_2(max_query_len) * group
     scales, products = scale_mode(k_cache, k_scale), products_dtype(q, k_cache)
     block_m = min(max(16, triton.next_power_of_2(max_rows)), _MAX_TILE_ROWS)
     block_r = min(triton.next_power_of_2(max_rows), _MAX_TILE_ROWS)

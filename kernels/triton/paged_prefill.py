@@ -17,12 +17,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.quantized_kv import check_kv_scale, is_quantized
-from kernels.triton import num_multiprocessors
-from kernels.triton.numbers import compute_dtype
+from kernels.attention import check_caches
+from kernels.quantized_kv import is_quantized
+from kernels.triton import DTYPES, MAX_HEAD_DIM, num_multiprocessors
+from kernels.triton.numbers import as_bits, compute_dtype, kind_of, scale_strides
 from kernels.triton.prefill_kernel import prefill_kernel
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # KV that the pairs of requests and KV heads running at a time may read over and over from L2.
 _L2_BYTES = 8 << 20
 
@@ -130,11 +130,11 @@ def paged_prefill(
     num_tiles = packed if must_search else triton.cdiv(max_query_len, queries_per_tile)
     num_pairs = num_kv_heads * (1 if must_search else num_requests)
     kv_bytes = 2 * block_table.shape[1] * block_size * head_dim * k_cache.element_size()
-    ks, vs = (_token_strides(s) for s in (k_scale, v_scale))
+    ks, vs = (scale_strides(s) for s in (k_scale, v_scale))
     prefill_kernel[(num_pairs * num_tiles,)](
         q,
-        _as_bits(k_cache),
-        _as_bits(v_cache),
+        as_bits(k_cache),
+        as_bits(v_cache),
         k_scale,
         v_scale,
         block_table,
@@ -169,7 +169,7 @@ def paged_prefill(
         BLOCK_M=tiles.num_rows,
         BLOCK_Q=queries_per_tile,
         BLOCK_N=tiles.num_keys,
-        KV_KIND=_kind(k_cache),
+        KV_KIND=kind_of(k_cache),
         SCALE_DIMS=0 if k_scale is None else k_scale.dim(),
         HAS_WINDOW=sliding_window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
@@ -225,40 +225,14 @@ def _fills_wide_programs(q: Tensor, group: int, num_requests: int) -> bool:
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"queries must be float16, bfloat16 or float32, not {q.dtype}")
-    if not is_quantized(k_cache) and k_cache.dtype != q.dtype:
-        raise ValueError(f"the cache holds {k_cache.dtype}, the queries are {q.dtype}")
-    if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
-        raise ValueError("the caches of keys and values must be of one shape and dtype")
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    if q.shape[2] != head_dim or q.shape[1] % num_kv_heads or head_dim > 256:
+    check_caches(q, k_cache, v_cache, k_scale, v_scale)
+    if q.dtype not in DTYPES or q.shape[2] > MAX_HEAD_DIM:
         raise ValueError(
-            f"queries [T, {q.shape[1]}, {q.shape[2]}] do not fit a cache of {num_kv_heads} heads of"
-            f" {head_dim}: head sizes must be equal (at most 256), and heads a multiple"
+            "queries must be float16, bfloat16 or float32 with heads of at most"
+            f" {MAX_HEAD_DIM}, not {q.dtype} with {q.shape[2]}"
         )
     if q.stride(2) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError("the last dimension of queries and caches must be dense")
-    check_kv_scale(k_cache, k_scale, "k_scale")
-    check_kv_scale(v_cache, v_scale, "v_scale")
-    if k_scale is not None and v_scale is not None and k_scale.dim() != v_scale.dim():
-        raise ValueError("k_scale and v_scale must both be of tokens or both be of heads")
-
-
-def _as_bits(cache: Tensor) -> Tensor:
-    """An fp8 cache as bytes: the kernel decodes them itself, on devices without fp8 as well."""
-    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
-
-
-def _kind(cache: Tensor) -> str:
-    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(cache.dtype, "plain")
-
-
-def _token_strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Strides by block, token and head; of fixed scales only the last is one."""
-    if scale is None:
-        return 0, 0, 0
-    return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0))
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -15,15 +15,12 @@ al., "GQA", 2023.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 from kernels.triton.numbers import decode_kv
+from kernels.triton.tiles import LN_2, LOG2_E
 
-_LOG2_E = tl.constexpr(1.0 / math.log(2.0))
-_LN_2 = tl.constexpr(math.log(2.0))
 # What a running maximum starts from: finite, so that a row that sees nothing yet makes no NaN.
 _LEAST = tl.constexpr(-1e30)
 
@@ -112,7 +109,7 @@ def _hide(
 def _cap(scores, cap_scale, HAS_SOFT_CAP: tl.constexpr):
     """``tanh(cap_scale * scores)`` by the one exponential that there is an instruction for."""
     if HAS_SOFT_CAP:
-        scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2_E * cap_scale)) + 1.0)
+        scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E * cap_scale)) + 1.0)
     return scores
 
 
@@ -238,7 +235,7 @@ def _find_tile(query_start_ptr, tile, num_requests, BLOCK_Q: tl.constexpr):
     return request, tile - (tl.load(query_start_ptr + request) // BLOCK_Q + request)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "num_tiles", "num_pairs", "pairs_at_once"])
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -423,5 +420,5 @@ def prefill_kernel(
         mask=is_row[:, None] & (dims[None, :] < HEAD_DIM),
     )
     if HAS_LSE:
-        log_sum = (row_max + tl.log2(tl.where(is_empty, 1.0, row_sum))) * _LN_2
+        log_sum = (row_max + tl.log2(tl.where(is_empty, 1.0, row_sum))) * LN_2
         tl.store(lse_ptr + out_rows, tl.where(is_empty, float("-inf"), log_sum), mask=is_row)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.quantized_kv import GREATEST_VALUE, LEAST_AMAX, check_kv_scale
 from kernels.triton import num_multiprocessors
-from kernels.triton.numbers import encode_fp8, encode_int8
+from kernels.triton.numbers import as_bits, encode_fp8, encode_int8, kind_of, scale_strides
 
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
 
@@ -111,6 +111,13 @@ def _launch(
         if cache is not None:
             check_kv_scale(cache, scale, name)
             assert cache.stride(3) == 1
+    if k_cache is not None and v_cache is not None:
+        dims = [None if s is None else s.dim() for s in (k_scale, v_scale)]
+        is_alike = k_cache.dtype == v_cache.dtype and k_cache.shape[1] == v_cache.shape[1]
+        if not is_alike or dims[0] != dims[1]:
+            raise ValueError(
+                "keys and values must be stored alike: in one dtype, block size and kind of scale"
+            )
     cache = v_cache
     scale = v_scale
     block_size = 1 if cache is None else cache.shape[1]
@@ -120,8 +127,8 @@ def _launch(
         positions,
         cos_sin,
         slot_mapping,
-        None if k_cache is None else _as_bits(k_cache),
-        None if v_cache is None else _as_bits(v_cache),
+        None if k_cache is None else as_bits(k_cache),
+        None if v_cache is None else as_bits(v_cache),
         k_scale,
         v_scale,
         q_norm,
@@ -133,8 +140,8 @@ def _launch(
         0 if cos_sin is None else cos_sin.stride(0),
         *_strides(k_cache),
         *_strides(v_cache),
-        *_scale_strides(k_scale),
-        *_scale_strides(v_scale),
+        *scale_strides(k_scale),
+        *scale_strides(v_scale),
         num_heads,
         num_kv_heads,
         total,
@@ -145,7 +152,7 @@ def _launch(
         BLOCK_REST=max(1, triton.next_power_of_2(max(rest, 1))),
         PAGE=block_size,
         ROWS=rows,
-        KIND="plain" if cache is None else _kind(cache),
+        KIND="plain" if cache is None else kind_of(cache),
         GREATEST=1.0 if cache is None else GREATEST_VALUE.get(cache.dtype, 1.0),
         SCALE_DIMS=0 if scale is None else scale.dim(),
         HAS_NORM_OFFSET=norm_offset != 0.0,
@@ -160,23 +167,8 @@ def _rows_a_program(num_tokens: int, total: int, device: torch.device) -> int:
     return int(max(least, min(64, triton.next_power_of_2(max(1, enough)))))
 
 
-def _as_bits(cache: Tensor) -> Tensor:
-    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
-
-
-def _kind(cache: Tensor) -> str:
-    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(cache.dtype, "plain")
-
-
 def _strides(cache: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if cache is None else cache.stride()[:3]
-
-
-def _scale_strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Strides by block, token and head; of fixed scales only the last is one."""
-    if scale is None:
-        return 0, 0, 0
-    return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0))
 
 
 @triton.jit

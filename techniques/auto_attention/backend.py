@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from techniques.attention import CountingAttention, Phase, phase_of
+from kernels.attention import MAX_DECODE_QUERIES
+from techniques.attention import CountingAttention, Phase
 from techniques.auto_attention.measured import CLASSES, ranking
 from workbench.core.step import ForwardBatch
 from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
 from workbench.slots.kv_pool import KVPool
 
+_LOG = logging.getLogger(__name__)
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 
@@ -45,11 +48,14 @@ class AutoAttention(CountingAttention):
         return min(picked, default=CudaGraphSupport.NEVER)
 
     def describe(self) -> str:
-        """One line on what was picked, such as ``decode triton, prefill flash_attn``."""
-        return ", ".join(f"{phase} {name}" for phase, name in self.picks.items())
+        """What was picked: ``AutoAttention (decode triton, prefill flash_attn)``."""
+        picks = ", ".join(f"{phase} {name}" for phase, name in self.picks.items())
+        return f"{super().describe()} ({picks})"
 
     def build_metadata(self, batch: ForwardBatch) -> AutoMetadata:
-        phase = phase_of(batch)
+        # A few queries a request, as drafts have, read far more keys than they do arithmetic:
+        # what is fastest for single tokens is fastest for them.
+        phase: Phase = "decode" if batch.max_query_len <= MAX_DECODE_QUERIES else "prefill"
         return AutoMetadata(phase, self._backends[self.picks[phase]].build_metadata(batch))
 
     def forward(
@@ -82,6 +88,8 @@ class AutoAttention(CountingAttention):
                     self.picks[phase] = name
                     break
         self.reset_counters()
+        for name, why in self.passed_over.items():
+            _LOG.info("attention: not %s: %s", name, "; ".join(why))
         missing = [phase for phase in PHASES if phase not in self.picks]
         return [
             f"no backend serves steps of kind {phase}: "

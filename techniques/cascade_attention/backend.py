@@ -8,8 +8,14 @@ import numpy as np
 import torch
 
 import kernels
-from kernels.quantized_kv import is_quantized
+from kernels import triton
 from kernels.shared_prefix import cascade_attend
+from techniques.attention import (
+    capability_reasons,
+    dtype_reasons,
+    head_dim_reasons,
+    quantized_reasons,
+)
 from techniques.cascade_attention.groups import PrefixGroup, find_groups
 from workbench.core.errors import ConfigError
 from workbench.core.step import ForwardBatch
@@ -154,9 +160,14 @@ class CascadeAttention(AttentionBackend):
                 f"every layer has a sliding window (of {window} tokens at most), so that a shared "
                 "prefix is soon out of sight; choose another engine/attention, such as sdpa"
             )
-        if is_quantized(pool.layer(0)[0]):
-            reasons.append("the KV pool stores 8-bit values, whose scales it does not read")
-        return reasons
+        cache = pool.layer(0)[0]
+        if cache.is_cuda:
+            missing = triton.unsupported_reason(cache)
+            reasons += [missing] if missing else []
+            reasons += capability_reasons(pool, (8, 0))
+            reasons += dtype_reasons(pool, triton.DTYPES)
+            reasons += head_dim_reasons(layers, most=triton.MAX_HEAD_DIM)
+        return [*reasons, *quantized_reasons(pool)]
 
     # -- counters -----------------------------------------------------------------------------
 

@@ -101,8 +101,13 @@ class FlashInferAttention(CountingAttention):
         self._wrappers: dict[tuple[Phase, _Kind], Any] = {}
         self._pages_known: list[int] = []
         self._flat_index: torch.Tensor | None = None
+        self._planned: torch.cuda.Event | None = None
 
     def build_metadata(self, batch: ForwardBatch) -> FlashInferMetadata:
+        if self._planned is not None:
+            # A wrapper plans into one pinned buffer and queues its copy: a step that samples
+            # nothing returns before the copy of its plan has run.
+            self._planned.synchronize()
         phase = phase_of(batch)
         pages = self._pages(batch)
         starts = torch.tensor([0, *batch.query_lens_host]).cumsum(0).to(torch.int32)
@@ -125,6 +130,8 @@ class FlashInferAttention(CountingAttention):
                 wrapper.plan(starts, *table, *heads, causal=True, **shared)
             wrappers[kind] = wrapper
             self._calls["plans"] += 1
+        if self._device.type == "cuda":
+            self._planned = torch.cuda.current_stream(self._device).record_event()
         return FlashInferMetadata(phase, wrappers)
 
     def _wrapper(self, phase: Phase, kind: _Kind) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 import kernels
 from kernels import triton
-from kernels.quantized_kv import is_quantized
 from techniques.attention import (
     CountingAttention,
     Phase,
@@ -23,11 +21,6 @@ from workbench.core.step import ForwardBatch
 from workbench.slots.attention import AttentionLayer, CudaGraphSupport
 from workbench.slots.kv_pool import KVPool
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256
-
-Scales = tuple[torch.Tensor | None, torch.Tensor | None]
-
 
 @dataclass(frozen=True, slots=True)
 class TritonMetadata:
@@ -39,11 +32,7 @@ class TritonMetadata:
 
 
 class TritonAttention(CountingAttention):
-    """Our own kernels: one for few queries a request, one for any mixture of lengths.
-
-    A pool in 8 bits serves where it has ``layer_scales(index) -> (k_scale, v_scale)``, in a layout
-    of :mod:`kernels.quantized_kv`.
-    """
+    """Our own kernels: one for few queries a request, one for any mixture of lengths."""
 
     #: Launches depend on shapes and on the longest query alone.
     cudagraph_support = CudaGraphSupport.ALWAYS
@@ -57,7 +46,6 @@ class TritonAttention(CountingAttention):
         self.count(metadata.phase)
         batch = metadata.batch
         k_cache, v_cache = pool.layer(layer.index)
-        k_scale, v_scale = _scales(pool, layer.index)
         return kernels.paged_attend(
             q,
             k_cache,
@@ -68,8 +56,6 @@ class TritonAttention(CountingAttention):
             layer.scale,
             sliding_window=layer.sliding_window,
             soft_cap=layer.soft_cap,
-            k_scale=k_scale,
-            v_scale=v_scale,
             max_query_len=metadata.max_query_len,
             implementation="triton",
         )
@@ -79,20 +65,6 @@ class TritonAttention(CountingAttention):
         device = triton.unsupported_reason(cache)
         reasons = [device] if device else []
         reasons += capability_reasons(pool, (8, 0))
-        reasons += dtype_reasons(pool, _DTYPES)
-        reasons += head_dim_reasons(layers, most=_MAX_HEAD_DIM)
-        if _scales_of(pool) is None:
-            reasons += quantized_reasons(pool)
-        return reasons
-
-
-def _scales_of(pool: KVPool) -> Callable[[int], Scales] | None:
-    return getattr(pool, "layer_scales", None)
-
-
-def _scales(pool: KVPool, index: int) -> Scales:
-    """Scales of a layer's keys and values; None where they are stored as they are."""
-    scales_of = _scales_of(pool)
-    if scales_of is None or not is_quantized(pool.layer(index)[0]):
-        return None, None
-    return scales_of(index)
+        reasons += dtype_reasons(pool, triton.DTYPES)
+        reasons += head_dim_reasons(layers, most=triton.MAX_HEAD_DIM)
+        return [*reasons, *quantized_reasons(pool)]

@@ -318,10 +318,11 @@ def test_triton_needs_a_gpu(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["native", "sdpa", "reference"])
+@pytest.mark.parametrize("mix", [MIXED, ([0, 1, 1], [5, 7, 30])], ids=["mixed", "none and single"])
 def test_every_implementation_equals_fp64(
-    implementation: str, rows: Any, assert_close: Any
+    implementation: str, mix: tuple[list[int], list[int]], rows: Any, assert_close: Any
 ) -> None:
-    case = make_case(rows, torch.float32, *MIXED, 16)
+    case = make_case(rows, torch.float32, *mix, 16)
     for cache in (case.k_cache, case.v_cache):
         cache.nan_to_num_(0.0)  # sdpa multiplies by zero what lies behind a request's end
     out = case.run(0.125, implementation=implementation)

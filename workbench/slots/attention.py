@@ -53,6 +53,10 @@ class AttentionBackend(Component):
 
     cudagraph_support: CudaGraphSupport = CudaGraphSupport.NEVER
 
+    def describe(self) -> str:
+        """What serves, for tables and records: the class, and what it chose."""
+        return type(self).__name__
+
     @abstractmethod
     def build_metadata(self, batch: ForwardBatch) -> Any:
         """Prepare what all layers of this step share. Called once a step, may use host lists of
