@@ -22,7 +22,8 @@ if [[ $part == all || $part == engine ]]; then
         bench.reference=base "baselines=[]" results_dir="$OUT"
     # What a cache costs where it finds nothing, and what it gains at 75 %.
     do_run python3 -m experiments.prefix_hit_rate "${big[@]}" workload=prefix_hits workload.num_requests=64 \
-        workload.output_len=16 limits.max_num_seqs=64 bench.reference=base bench.rounds=7 rates=0,0.75
+        workload.output_len=16 limits.max_num_seqs=64 bench.reference=hf_scored bench.residency=one bench.rounds=7 \
+        rates=0,0.75
     # Warmed up with the whole load, so that no round compiles a kernel.
     do_run python3 -m workbench +experiment=gpu_shared_prefix +technique=radix_cache bench.warmup=256 \
         results_dir="$OUT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from tests.helpers.fake_backend import FakeBackend, FakeClock, make_requests, reference
 from workbench.bench import figure
 from workbench.bench.load import Closed
+from workbench.bench.notes import footnotes
 from workbench.bench.progress import LiveProgress
 from workbench.bench.records import ResultStore
 from workbench.bench.report import byte_size, print_table, quantity
@@ -115,6 +117,19 @@ def test_table_at_120_columns(results: list[VariantResult]) -> None:
     assert "max num seqs 1;" in flat and "attention formula" in flat
     assert "'spec_decode': counter 'accepted_tokens' was not reported" in flat
     assert "3 rounds" in flat
+
+
+def test_the_notes_say_what_a_verdict_stands_on(results: list[VariantResult]) -> None:
+    passed, broken = results[1].record, results[4].record
+    ties = {**passed.gate, "num_ties": 5, "num_requests": 12, "epsilon": 0.25}
+    ((_, note), *_) = footnotes([dataclasses.replace(passed, gate=ties)])
+    assert "5 of 12 outputs part from the reference at near-ties within 0.25 logits" in note
+
+    alone = "checked against the engine's own base row alone"
+    assert not any(alone in text for _, text in footnotes([passed, broken]))
+    unscored = dataclasses.replace(passed, resolved_config={"bench": {"reference": "base"}})
+    notes = dict(footnotes([results[0].record, unscored, broken])[:3])
+    assert alone in notes["1"] and alone in notes["2"] and alone not in notes["3"]
 
 
 def test_quantities() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from workbench.bench.gates import PASSED
 from workbench.bench.metrics import LATE_SEND_S
 from workbench.bench.records import Record
 
@@ -25,9 +26,11 @@ def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list
         Also say the evidence, for a table that has no column for it.
     """
     lines: list[Note] = []
+    is_unscored = any(_reference_of(record) == "base" for record in records)
     for number, record in enumerate(records, start=1):
         parts = [
             *_what(record),
+            *_checked(record, is_unscored),
             *_against(record),
             *_load(record),
             *_steady(record),
@@ -63,9 +66,28 @@ def _what(record: Record) -> list[str]:
         )
     rounds = "round" if record.num_rounds == 1 else "rounds"
     parts.append(f"{record.num_rounds} {rounds}")
+    return parts
+
+
+def _reference_of(record: Record) -> str | None:
+    """``bench.reference`` of an engine's row; other rows do not say."""
+    reference: str | None = (record.resolved_config.get("bench") or {}).get("reference")
+    return reference
+
+
+def _checked(record: Record, is_unscored: bool) -> list[str]:
+    """What a verdict stands on, where that is less than every token of an independent engine."""
+    if record.verdict not in PASSED:
+        return []
+    parts = []
+    if is_unscored:
+        parts.append("checked against the engine's own base row alone")
     epsilon, ties = record.gate.get("epsilon"), record.gate.get("num_ties", 0)
     if epsilon is not None and ties:
-        parts.append(f"{ties} of {record.gate['num_requests']} outputs tie within {epsilon:g}")
+        parts.append(
+            f"{ties} of {record.gate['num_requests']} outputs part from the reference at "
+            f"near-ties within {float(epsilon)} logits"
+        )
     return parts
 
 
