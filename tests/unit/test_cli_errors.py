@@ -54,6 +54,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "output": (["output=yaml"], ["json", "table"]),
     "reference": (["bench.reference=vllm"], ["hf", "base"]),
     "residency": (["bench.residency=none"], ["all", "one"]),
+    "warm cache that is built anew": (
+        ["bench.prefix_cache=warm", "bench.residency=one"],
+        ["bench.residency=all", "empty cache"],
+    ),
     "command": (["lst"], ["Did you mean 'list'"]),
     "option with a dash": (["--technique", "spec_decode"], ["--help"]),
     "model": (["model=/no/such/folder"], ["/no/such/folder"]),

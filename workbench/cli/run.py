@@ -54,9 +54,8 @@ from workbench.models.source import ModelSource
 
 _REFERENCES = ("hf", "hf_scored", "base")
 #: Margin in logits under which bf16 and fp16 may break a tie another way than the reference.
-#: SmolLM2's bf16 logits lie up to 0.65 from its fp32 ones, in Transformers as here, so two correct
-#: bf16 runs can differ by about twice that; Transformers' own batched rungs differ from its
-#: batch of one by margins of 0.5 (the FAILED rows of results/amd-epyc_2c_2026-11-22.jsonl).
+#: Correct bf16 runs differ: Transformers' own batched rungs part from its batch of one by margins
+#: of 0.5 (the FAILED rows of results/amd-epyc_2c_2026-11-22.jsonl).
 LOW_PRECISION_EPSILON = 1.0
 MAX_AUTO_SEQS = 32
 
@@ -150,6 +149,11 @@ def _check_choices(cfg: DictConfig) -> None:
             raise unknown_name(name, str(cfg[name]), valid)
     if cfg.bench.prefix_cache not in ("cold", "warm"):
         raise unknown_name("bench.prefix_cache", str(cfg.bench.prefix_cache), ("cold", "warm"))
+    if cfg.bench.prefix_cache == "warm" and cfg.bench.residency == "one":
+        raise ConfigError(
+            "bench.prefix_cache=warm needs bench.residency=all: with one, every round builds a "
+            "new, empty cache."
+        )
     if cfg.bench.reference not in _REFERENCES:
         raise unknown_name("bench.reference", str(cfg.bench.reference), _REFERENCES)
     check_load(cfg)
