@@ -1,4 +1,4 @@
-"""Dry runs for experiments: a scheduler from the configuration, and counted records."""
+"""Dry runs for experiments: what may be asked of them, and counted records."""
 
 from __future__ import annotations
 
@@ -12,58 +12,65 @@ from typing import Any
 
 import numpy as np
 
-from workbench.assemble import Limits, build_config, load_class
+from workbench.assemble import SCHEDULER_SLOTS, Limits
 from workbench.bench.environment import Environment, collect_environment
 from workbench.bench.gates import COUNTED
 from workbench.bench.records import Record, ResultStore
-from workbench.configuration import Composed
+from workbench.configuration import Composed, load_markers, technique_names
+from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.request import Request
 from workbench.core.sampling import SamplingParams
 from workbench.core.workload import WorkloadRequest
 from workbench.simulate.dry_run import DryRunResult
-from workbench.slots.scheduler import Scheduler, SchedulerParts
 
 
-def build_scheduler(components: Mapping[str, Mapping[str, Any]], limits: Limits) -> Scheduler:
-    """Build a scheduler and what it drives, as an engine would have them, and no model.
+def check_overrides(
+    overrides: Sequence[str], options: type[Any], keys: Sequence[str], varied: Mapping[str, str]
+) -> None:
+    """Refuse what a user asks for and a run without a model would not look at.
 
     Parameters
     ----------
-    components
-        By slot, as :attr:`workbench.configuration.Composed.components`.
-    limits
-        All of them given; the pool is cut to whole blocks.
+    overrides
+        The user's own.
+    options
+        Dataclass of the experiment's own options.
+    keys
+        Groups and keys of the configuration (``seed``, ``limits.max_num_seqs``) that the experiment
+        reads, beside the engine's slots of ``SCHEDULER_SLOTS``.
+    varied
+        By slot, the experiment's own option that fills it.
+
+    Raises
+    ------
+    ConfigError
+        An option that nothing reads, with those that are.
     """
-
-    def build(slot: str, **runtime: Any) -> Any:
-        cls, config = _class_and_config(components, slot)
-        return cls(config, **runtime)
-
-    cls, config = _class_and_config(components, "kv_cache")
-    block_size = cls.choose_block_size(config, limits.max_model_len)
-    kv_cache = build(
-        "kv_cache", num_blocks=limits.kv_pool_tokens // block_size, block_size=block_size
-    )
-    parts = SchedulerParts(
-        kv_cache=kv_cache,
-        prefix_cache=build("prefix_cache", block_size=block_size, eviction=build("eviction")),
-        offload=build("kv_offload", bytes_per_block=1),
-        policy=build("policy"),
-        admission=build("admission"),
-        prefill=build("prefill"),
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-    )
-    scheduler: Scheduler = build("scheduler", parts=parts)
-    return scheduler
-
-
-def _class_and_config(
-    components: Mapping[str, Mapping[str, Any]], slot: str
-) -> tuple[type[Any], Any]:
-    node = dict(components[slot])
-    cls = load_class(node.pop("_target_"))
-    return cls, build_config(cls, slot, node)
+    valid = [*keys, "technique", *(f"engine.{slot}" for slot in SCHEDULER_SLOTS)]
+    markers = load_markers()
+    filled: list[str] = []
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0].partition("@")[0]
+        head, *rest = key.replace("/", ".").split(".")
+        name = ".".join([head, *rest[:1]])
+        if not {head, name} & set(valid):
+            own = [item.name for item in dataclasses.fields(options)]
+            raise unknown_name("option of a run without a model", name, [*own, *valid])
+        if key.startswith("engine/"):
+            filled.append(rest[0])
+    for technique in technique_names(overrides):
+        if technique in markers:  # others are told when the configuration is composed
+            slots = markers[technique].slots
+            idle = [slot for slot in slots if slot not in SCHEDULER_SLOTS]
+            if idle:
+                raise ConfigError(
+                    f"technique {technique!r} fills {', '.join(idle)}, and a run without a model "
+                    f"has none. Slots that it has: {', '.join(SCHEDULER_SLOTS)}."
+                )
+            filled += slots
+    for slot in filled:
+        if slot in varied:
+            raise ConfigError(f"slot {slot!r} is filled by the experiment: use {varied[slot]}=...")
 
 
 def make_request(
@@ -175,8 +182,10 @@ class DryRecorder:
             status="OK",
             verdict=COUNTED,
             resolved_config={
-                "engine": composed.components,
-                "choices": {k: v for k, v in composed.choices.items() if k.startswith("engine/")},
+                "engine": {slot: composed.components[slot] for slot in SCHEDULER_SLOTS},
+                "choices": {
+                    f"engine/{slot}": composed.choices[f"engine/{slot}"] for slot in SCHEDULER_SLOTS
+                },
                 "limits": dataclasses.asdict(limits),
             },
             counters={

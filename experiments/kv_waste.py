@@ -17,7 +17,8 @@ from pathlib import Path
 from hydra.utils import instantiate
 
 from experiments import command, figures
-from experiments.dry import DryRecorder, at_once, build_scheduler, count
+from experiments.dry import DryRecorder, at_once, check_overrides, count
+from workbench.assemble import build_scheduler
 from workbench.bench.records import Record
 from workbench.configuration import Composed, compose_config, limits_of
 from workbench.core.errors import ConfigError
@@ -117,6 +118,8 @@ def draw(runs: Sequence[Run], recorder: DryRecorder) -> Path:
 def main(arguments: Sequence[str]) -> int:
     """Serve the workload with each manager, write records and the figure, print the table."""
     options, overrides = command.parse(Options, arguments)
+    keys = ("workload", "limits", "seed", "results_dir")
+    check_overrides(overrides, Options, keys, {"kv_cache": "block_sizes"})
     found = compositions(options, overrides)
     results_dir = str(found["contiguous"].cfg.results_dir)
     recorder = DryRecorder(results_dir, command.command_line("kv_waste", arguments))

@@ -21,7 +21,8 @@ from hydra.utils import instantiate
 from rich.table import Table
 
 from experiments import command, figures
-from experiments.dry import DryRecorder, at_once, build_scheduler, count
+from experiments.dry import DryRecorder, at_once, check_overrides, count
+from workbench.assemble import build_scheduler
 from workbench.bench.records import Record
 from workbench.configuration import compose_config, limits_of, options_of
 from workbench.core.errors import unknown_name
@@ -213,6 +214,8 @@ def tables(records: dict[str, list[Record]]) -> list[Table]:
 def main(arguments: Sequence[str]) -> int:
     """Serve both loads under every policy, write records and the figure, print the tables."""
     options, overrides = command.parse(Options, arguments)
+    keys = ("workload", "limits", "seed", "results_dir")
+    check_overrides(overrides, Options, keys, {"policy": "policies"})
     policies = options.chosen()
     composed = compose_config(["+experiment=policy_comparison", *overrides])
     recorder = DryRecorder(

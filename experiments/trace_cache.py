@@ -26,9 +26,9 @@ from pathlib import Path
 from rich.table import Table
 
 from experiments import command, figures
-from experiments.dry import DryRecorder, build_scheduler, count
+from experiments.dry import DryRecorder, check_overrides, count
 from experiments.traces import OUTPUT_ID, Trace, find_traces, read_trace
-from workbench.assemble import Limits
+from workbench.assemble import Limits, build_scheduler
 from workbench.bench.records import Record
 from workbench.configuration import Composed, compose_config, options_of
 from workbench.core.errors import ConfigError
@@ -395,6 +395,8 @@ def draw_azure(results: dict[Trace, list[Record]], bench: Bench) -> Path:
 def main(arguments: Sequence[str]) -> int:
     """Replay the traces, write records and figures, print the tables."""
     options, overrides = command.parse(Options, arguments)
+    varied = {"prefix_cache": "caches", "eviction": "evictions", "admission": "admissions"}
+    check_overrides(overrides, Options, ("limits.max_num_seqs", "results_dir"), varied)
     files = find_traces(options.data_dir, options.traces)
     composed = compose_config(["+experiment=trace_cache", *overrides])
     recorder = DryRecorder(

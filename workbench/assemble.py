@@ -1,8 +1,9 @@
-"""``build_engine``: the only place that instantiates components, in a fixed order.
+"""``build_engine``: components are instantiated here alone, in a fixed order.
 
 platform -> model (linear, adapters, parallel) -> memory plan -> KV manager, pool and host tier ->
 attention -> graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
 Each constructor gets its own config and the runtime objects it names; none gets the whole config.
+``build_scheduler`` makes the part of it that needs no model, and ``build_component`` one component.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.platform import Platform
-from workbench.slots.scheduler import SchedulerParts
+from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.verifier import Verifier
 
 #: Every slot of the engine; ``conf/engine/<slot>/`` holds its options.
@@ -60,6 +61,17 @@ SLOTS = (
     "kv_offload",
     "scheduler",
     "loop",
+)
+#: Those that a scheduler without a model has.
+SCHEDULER_SLOTS = (
+    "kv_cache",
+    "policy",
+    "admission",
+    "eviction",
+    "prefill",
+    "prefix_cache",
+    "kv_offload",
+    "scheduler",
 )
 DTYPES = {
     "float32": torch.float32,
@@ -183,6 +195,26 @@ def build_config(cls: type[Any], slot: str, options: Mapping[str, Any]) -> Any:
     return cls.Config(**options)
 
 
+def build_component(slot: str, node: Mapping[str, Any], **runtime: Any) -> Any:
+    """Instantiate one component.
+
+    Parameters
+    ----------
+    node
+        ``_target_`` and the component's own options.
+    runtime
+        The runtime objects that the slot's components take.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`load_class` and :func:`build_config`.
+    """
+    options = {str(key): value for key, value in node.items()}
+    cls = load_class(options.pop("_target_"))
+    return cls(build_config(cls, slot, options), **runtime)
+
+
 class _Builder:
     """Builds components by slot and remembers them."""
 
@@ -207,7 +239,7 @@ class _Builder:
 
     def build(self, slot: str, **runtime: Any) -> Any:
         """Instantiate the component of a slot."""
-        self.built[slot] = component = self.cls(slot)(self.config(slot), **runtime)
+        self.built[slot] = component = build_component(slot, self._nodes[slot], **runtime)
         return component
 
 
@@ -269,6 +301,31 @@ def build_engine(config: EngineConfig) -> Engine:
             info=info,
         )
     )
+
+
+def build_scheduler(components: Mapping[str, Mapping[str, Any]], limits: Limits) -> Scheduler:
+    """Assemble a scheduler and what it drives as an engine would have them, without a model.
+
+    Parameters
+    ----------
+    components
+        By slot, as in :class:`EngineConfig`; those of ``SCHEDULER_SLOTS`` are built.
+    limits
+        All of them given; the pool is cut to whole blocks.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`build_engine`; and a size in bytes, since blocks have none here.
+    """
+    builder = _Builder(components)
+    block_size = builder.cls("kv_cache").choose_block_size(
+        builder.config("kv_cache"), limits.max_model_len
+    )
+    num_blocks = _num_blocks(limits.kv_pool_tokens, block_size)
+    builder.build("kv_cache", num_blocks=num_blocks, block_size=block_size)
+    builder.build("kv_offload", bytes_per_block=0, num_device_blocks=num_blocks)
+    return _build_scheduler(builder, limits, limits.max_model_len)
 
 
 def check_engine(config: EngineConfig) -> None:
@@ -373,12 +430,7 @@ def _build_kv_cache(
     if not tokens:
         wanted = limits.max_num_seqs * -(-max_model_len // block_size) * block_size
         tokens = min(wanted, platform.auto_pool_bytes() // bytes_per_token)
-    num_blocks = tokens // block_size
-    if num_blocks < 1:
-        raise ConfigError(
-            f"a KV pool of {tokens} tokens holds no block of {block_size} tokens. Raise "
-            "limits.kv_pool_tokens or lower limits.max_model_len."
-        )
+    num_blocks = _num_blocks(tokens, block_size)
     needed = (num_blocks + 1) * block_size * bytes_per_token
     if needed > free:
         raise ConfigError(
@@ -392,7 +444,17 @@ def _build_kv_cache(
     return manager
 
 
-def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Any:
+def _num_blocks(tokens: int, block_size: int) -> int:
+    """Whole blocks of a pool; an error where it holds none."""
+    if tokens < block_size:
+        raise ConfigError(
+            f"a KV pool of {tokens} tokens holds no block of {block_size} tokens. Raise "
+            "limits.kv_pool_tokens or lower limits.max_model_len."
+        )
+    return tokens // block_size
+
+
+def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Scheduler:
     kv_cache: KVCacheManager = builder.built["kv_cache"]  # type: ignore[assignment]
     offload: KVOffload = builder.built["kv_offload"]  # type: ignore[assignment]
     eviction = builder.build("eviction")
@@ -408,7 +470,8 @@ def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> A
         max_num_seqs=limits.max_num_seqs,
         max_model_len=max_model_len,
     )
-    return builder.build("scheduler", parts=parts)
+    scheduler: Scheduler = builder.build("scheduler", parts=parts)
+    return scheduler
 
 
 def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:

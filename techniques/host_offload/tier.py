@@ -174,6 +174,11 @@ def _choose_num_blocks(config: HostTierConfig, bytes_per_block: int, num_device_
             "how large the host tier is: set one of them, or none for as many blocks as the "
             "device has."
         )
+    if config.host_gib and not bytes_per_block:
+        raise ConfigError(
+            f"engine.kv_offload.host_gib={config.host_gib} is a size in bytes, and the blocks of a "
+            "run without a model have none: set engine.kv_offload.num_blocks."
+        )
     if config.host_gib:
         num_blocks = int(config.host_gib * 2**30) // max(1, bytes_per_block)
         if not num_blocks:

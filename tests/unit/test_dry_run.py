@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from experiments.dry import at_once, build_scheduler, make_request, summary
+from experiments.dry import at_once, make_request, summary
 from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE, tiny_engine
-from workbench.assemble import Limits
+from workbench.assemble import Limits, build_scheduler
 from workbench.bench.load import Offline
 from workbench.configuration import compose_config
+from workbench.core.errors import ConfigError
 from workbench.core.request import Request
 from workbench.core.workload import WorkloadRequest
 from workbench.engine.backend import EngineBackend
@@ -39,6 +40,21 @@ def test_a_request_s_steps() -> None:
     line = serve(scheduler_of(), [(0, request("a"))]).timelines["a"]
     assert (line.arrived, line.started, line.first_token, line.ended) == (0, 0, 0, 2)
     assert (line.waited, line.turnaround, line.num_output_tokens) == (0, 3, 3)
+
+
+def test_a_host_tier_is_as_large_as_the_pool_or_counted_in_blocks() -> None:
+    tier = ["engine/kv_offload=host", "engine/prefix_cache=radix", "engine/eviction=lru"]
+    pool = scheduler_of(pool=256).parts.kv_cache.num_blocks
+    assert scheduler_of(*tier, pool=256).parts.offload.num_host_blocks == pool
+    blocks = scheduler_of(*tier, "engine.kv_offload.num_blocks=7").parts.offload.num_host_blocks
+    assert blocks == 7
+    with pytest.raises(ConfigError, match=r"without a model.*kv_offload\.num_blocks"):
+        scheduler_of(*tier, "engine.kv_offload.host_gib=1.0")
+
+
+def test_a_pool_that_holds_no_block_is_told() -> None:
+    with pytest.raises(ConfigError, match="holds no block of"):
+        scheduler_of(pool=1)
 
 
 def test_chunks_put_off_the_first_token() -> None:

@@ -14,6 +14,7 @@ from experiments import command, kv_waste, policy_comparison, trace_cache
 from experiments.dry import count
 from experiments.traces import HASH_BLOCK_TOKENS, Trace, TraceRequest, find_traces, read_trace
 from tests.helpers.workload_data import AZURE_LINES, DATA, data_file, write_rows
+from workbench.assemble import SCHEDULER_SLOTS
 from workbench.bench.records import Record, ResultStore
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError
@@ -211,6 +212,10 @@ def test_kv_waste_grows_with_the_block(tmp_path: Path) -> None:
         "paged",
         "paged",
     ]
+    for record in records:  # what was built, and no more
+        built = set(record.resolved_config["engine"])
+        assert built == set(SCHEDULER_SLOTS)
+        assert set(record.resolved_config["choices"]) == {f"engine/{slot}" for slot in built}
     contiguous, *paged = waste
     assert paged[0] == 0
     assert paged == sorted(paged)
@@ -264,6 +269,23 @@ def test_own_options_are_told_from_hydra_s() -> None:
         (kv_waste.main, "block_sizes=0", "must be 1 or more"),
         (kv_waste.main, "block_size=16", "block_size"),
         (policy_comparison.main, "policies=lifo", "unknown policy 'lifo'"),
+        # What nothing would look at.
+        (
+            kv_waste.main,
+            "load=poisson",
+            r"'load'.*Valid: .*block_sizes.*engine\.kv_cache.*workload",
+        ),
+        (kv_waste.main, "load.concurrency=3", r"'load\.concurrency'"),
+        (kv_waste.main, "dtype=float32", "'dtype'"),
+        (policy_comparison.main, "engine/attention=sdpa", r"'engine\.attention'.*engine\.policy"),
+        (policy_comparison.main, "engine.drafter.max_ngram=3", r"'engine\.drafter'"),
+        (policy_comparison.main, "+technique=spec_decode", "fills drafter, verifier.*policy"),
+        (trace_cache.main, "workload=mixed", "'workload'"),
+        (trace_cache.main, "limits.kv_pool_tokens=64", r"limits\.max_num_seqs"),
+        # What the experiment sets itself.
+        (kv_waste.main, "engine/kv_cache=paged", "use block_sizes="),
+        (policy_comparison.main, "+technique=shortest_job_first", "use policies="),
+        (trace_cache.main, "engine/prefix_cache=radix", "use caches="),
     ],
 )
 def test_wrong_options_are_told(

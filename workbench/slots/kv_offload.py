@@ -21,7 +21,7 @@ class KVOffload(Component):
     Parameters
     ----------
     bytes_per_block
-        Of the device's KV pool.
+        Of the device's KV pool; 0 in a run without a model, where blocks hold nothing.
     num_device_blocks
         Blocks of that pool.
     """
