@@ -4,10 +4,11 @@
 
 At each declared hit rate the engine serves the same requests without a cache, with one that finds
 prefixes block by block and with one that finds them in a tree, in turn, in one process. A row
-whose cache did not find the declared share is INVALID. Speed-ups are those of total tok/s; the
-ideal line is ``1 / (1 - h * p)``: the hit rate ``h`` of the prefill's share ``p`` of the time costs
-nothing. ``p`` is measured: the wall time of the requests with one output token each over that of
-the whole requests, both without a cache.
+whose cache did not find the declared share is INVALID. Speed-ups are those of output tok/s, which
+are those of the time, since all rows of a rate serve the same tokens. The ideal line is
+``1 / (1 - h * p)``: the hit rate ``h`` of the prefill's share ``p`` of the time costs nothing.
+``p`` is measured: the wall time of the requests with one output token each over that of the whole
+requests, both without a cache.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def draw(runs: dict[float, list[Record]], share: float | None, record_file: Path
         shares = np.linspace(0, max(runs), 50)
         label = f"ideal: 1 / (1 - h p), p = {share:.2f}"
         speed.plot(100 * shares, ideal(shares, share), "k:", lw=1.2, label=label)  # type: ignore[arg-type]
-    speed.set_ylabel("total tok/s over that without a cache")
+    speed.set_ylabel("output tok/s over that without a cache")
     ttft.set_ylabel("median TTFT without a cache over that with it")
     for axes in (speed, ttft):
         axes.axhline(1.0, color="#999999", lw=0.8)

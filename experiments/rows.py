@@ -32,8 +32,7 @@ def wall_s(record: Record) -> float:
 
 def hit_rate(record: Record) -> float:
     """Share of the prompt tokens that came from the cache."""
-    prompt_tokens: int = record.workload["built"]["prompt_tokens"]["total"]
-    return record.counters.get("step.num_cached_tokens", 0.0) / prompt_tokens
+    return float(record.load["hit_rate"] or 0.0)
 
 
 def cache_name(record: Record) -> str:

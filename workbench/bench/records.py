@@ -73,7 +73,7 @@ class Record:
     counters, unstable_counters
         Of the first round; counts that were not the same in every round, by round.
     memory
-        Byte ledger of the first round, with ``peak_memory_bytes``.
+        Byte ledger of the round with the highest peak, with ``peak_memory_bytes``.
     samples
         Raw times, one entry a round.
     """

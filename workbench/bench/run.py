@@ -230,16 +230,11 @@ class _Job:
         self.reference: Outputs = {}
         self.declared_hit_rate: float | None = None
 
-    @property
-    def _servable(self) -> list[WorkloadRequest]:
-        refused = self.settings.expected_errors
-        return [request for request in self.requests if request.request_id not in refused]
-
     def reference_of(self, reference: ReferenceFn, states: Sequence[VariantState]) -> None:
         """Compute the reference; without one no variant can be judged."""
-        self.progress.begin("reference", len(self._servable), self.clock())
+        self.progress.begin("reference", len(self.requests), self.clock())
         try:
-            self.reference = reference(self._servable)
+            self.reference = reference(self.requests)
         except WorkbenchError:
             raise
         except Exception as error:
@@ -284,7 +279,7 @@ class _Job:
         prepare = getattr(state.backend, "prepare", None)
         if prepare is not None:
             self.progress.begin(f"{state.variant.name} · calibration", 0, self.clock())
-            prepare(self._servable, self.load_factory(self.requests).concurrency)
+            prepare(self.requests, self.load_factory(self.requests).concurrency)
             state.info = state.backend.info()
         num_warm = self._num_warmups(state.info)
         state.num_warmups = num_warm
@@ -293,7 +288,7 @@ class _Job:
         most = self.settings.warmup_tokens
         short = [
             replace(request, max_tokens=min(request.max_tokens, most), after=None)
-            for request in self._servable[:num_warm]
+            for request in self.requests[:num_warm]
         ]
         self.progress.begin(f"{state.variant.name} · warm-up", len(short), self.clock())
         self._serve(state.backend, self.load_factory(self.requests).for_warmup(short))
@@ -301,12 +296,12 @@ class _Job:
     def _num_warmups(self, info: BackendInfo) -> int:
         """As many as asked for, or as the load and the backend have in flight together."""
         if self.settings.warmup is not None:
-            return min(self.settings.warmup, len(self._servable))
+            return min(self.settings.warmup, len(self.requests))
         most = self.load_factory(self.requests).concurrency
         for key in ("max_num_seqs", "batch_size"):
             if isinstance(info.details.get(key), int):
                 most = min(most, max(1, info.details[key]))
-        return min(most, len(self._servable))
+        return min(most, len(self.requests))
 
     def _serve(
         self, backend: Backend, load: LoadGenerator
@@ -380,13 +375,12 @@ class _Job:
             rest = {k: v for k, v in state.variant.techniques.items() if not _caches_prefixes(v)}
             no_evidence = check_evidence(rest, counters)[1]
         errors = {r.request_id: r.error for r in sample.requests if r.error is not None}
-        refused = check_errors(errors, self.settings.expected_errors)
+        refused = check_errors(errors)
         if refused is not None:
             return evidence, refused
-        served = {k: v for k, v in outputs.items() if k not in self.settings.expected_errors}
         # The same tokens as in a round that passed need no second look.
         is_known = state.gate is not None and state.outputs == outputs
-        gate = state.gate if is_known and state.gate else self._check_outputs(state, served)
+        gate = state.gate if is_known and state.gate else self._check_outputs(state, outputs)
         hit_rate = achieved_hit_rate(counters, sum(r.num_prompt_tokens for r in sample.served))
         state.hit_rates.append(hit_rate)
         if gate.is_passed and no_evidence is not None:
@@ -397,18 +391,18 @@ class _Job:
             return evidence, check_hit_rate(declared, hit_rate) or unused or gate
         return evidence, gate
 
-    def _check_outputs(self, state: VariantState, served: Outputs) -> GateResult:
+    def _check_outputs(self, state: VariantState, outputs: Outputs) -> GateResult:
         assert state.info is not None
         lossless = state.variant.losslessness
         if lossless == "exact":
             return check_exact(
-                served,
+                outputs,
                 self.reference,
                 dtype=state.info.dtype,
                 device=state.info.device,
                 margin_fn=self.margin_fn,
                 epsilon=self.settings.epsilon,
-                fixed_length={r.request_id for r in self._servable if r.ignore_eos},
+                fixed_length={r.request_id for r in self.requests if r.ignore_eos},
             )
         check = self.checks.get(lossless)
         if check is None:
@@ -418,7 +412,7 @@ class _Job:
                 f"no check was given for losslessness {lossless!r}, so its outputs cannot be "
                 f"judged. Checks at hand: {known}.",
             )
-        return check(served, self.reference, state.info)
+        return check(outputs, self.reference, state.info)
 
 
 def _caches_prefixes(marker: Mapping[str, Any]) -> bool:

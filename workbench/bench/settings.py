@@ -59,8 +59,6 @@ class BenchSettings:
     residency
         ``all`` keeps every variant built, ``one`` builds and closes it in each round, for devices
         that hold one at a time.
-    expected_errors
-        Requests that the workload sends in order to see them refused.
     slo
         Bounds that goodput counts by; None for no goodput.
     resamples, seed
@@ -74,7 +72,6 @@ class BenchSettings:
     epsilon: float = 0.0
     timeout_s: float | None = None
     residency: Literal["all", "one"] = "all"
-    expected_errors: frozenset[str] = frozenset()
     slo: Slo | None = None
     resamples: int = 4000
     seed: int = 0

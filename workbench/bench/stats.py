@@ -189,40 +189,6 @@ def wilcoxon_signed_rank(differences: Sequence[float]) -> float:
     return _two_sided_normal(max(0.0, abs(positive - mean) - 0.5) / spread)
 
 
-def mann_whitney_u(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the Mann-Whitney U test that two unpaired samples are alike.
-
-    Exact for small samples without ties; otherwise the normal approximation with tie and
-    continuity correction.
-    """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    n, m = a.size, b.size
-    if n == 0 or m == 0:
-        raise ValueError("a sample is empty; the rank test needs values on both sides.")
-    pooled = np.concatenate([a, b])
-    ranks = _average_ranks(pooled)
-    u = float(ranks[:n].sum()) - n * (n + 1) / 2
-    has_ties = len(np.unique(pooled)) < n + m
-    if not has_ties and n * m <= 400:
-        # ways[k][s]: subsets of k of the ranks seen so far whose ranks sum to s.
-        top = (n + m) * (n + m + 1) // 2
-        ways = np.zeros((n + 1, top + 1))
-        ways[0, 0] = 1.0
-        for rank in range(1, n + m + 1):
-            for k in range(min(rank, n), 0, -1):
-                ways[k, rank:] += ways[k - 1, :-rank]
-        chances = ways[n] / ways[n].sum()
-        observed = round(float(ranks[:n].sum()))
-        tail = min(chances[: observed + 1].sum(), chances[observed:].sum())
-        return min(1.0, 2 * float(tail))
-    _, tie_sizes = np.unique(pooled, return_counts=True)
-    ties = float((tie_sizes**3 - tie_sizes).sum()) / ((n + m) * (n + m - 1))
-    spread = math.sqrt(n * m / 12 * ((n + m + 1) - ties))
-    if spread == 0:
-        return 1.0
-    return _two_sided_normal(max(0.0, abs(u - n * m / 2) - 0.5) / spread)
-
-
 def speed_p_value(pairs: Sequence[RoundPair]) -> float | None:
     """P value of a rank test that variant and baseline take equally long a request.
 
