@@ -31,7 +31,9 @@ class ShortestPromptFirst(Policy):
     def __init__(self, config: ShortestPromptFirstConfig) -> None:
         super().__init__(config)
         if config.bucket_tokens < 1:
-            raise ConfigError(f"policy.bucket_tokens={config.bucket_tokens} must be 1 or more.")
+            raise ConfigError(
+                f"engine.policy.bucket_tokens={config.bucket_tokens} must be 1 or more."
+            )
 
     def key(self, request: Request, arrival_index: int) -> int:
         return request.num_prompt_tokens // self.config.bucket_tokens

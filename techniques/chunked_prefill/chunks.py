@@ -31,7 +31,9 @@ class Chunked(Prefill):
     def __init__(self, config: ChunkedConfig) -> None:
         super().__init__(config)
         if config.chunk_tokens < 1:
-            raise ConfigError(f"prefill.chunk_tokens={config.chunk_tokens} must be 1 or more.")
+            raise ConfigError(
+                f"engine.prefill.chunk_tokens={config.chunk_tokens} must be 1 or more."
+            )
 
     def token_budget(self, max_num_batched_tokens: int) -> int:
         return min(max_num_batched_tokens, self.config.chunk_tokens)

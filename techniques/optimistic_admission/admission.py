@@ -39,10 +39,10 @@ class Optimistic(Admission):
         super().__init__(config)
         if config.headroom_tokens < 0:
             raise ConfigError(
-                f"admission.headroom_tokens={config.headroom_tokens} must be 0 or more."
+                f"engine.admission.headroom_tokens={config.headroom_tokens} must be 0 or more."
             )
         if config.preemption not in _PREEMPTION:
-            raise unknown_name("admission.preemption", config.preemption, _PREEMPTION)
+            raise unknown_name("engine.admission.preemption", config.preemption, _PREEMPTION)
         self.preempts_to_host = config.preemption == "swap"
 
     def reserve_tokens(self, request: Request) -> int:

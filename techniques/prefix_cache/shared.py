@@ -64,7 +64,7 @@ class SharingCache(PrefixCache):
                 "lfu, fifo, priority)."
             )
         if block_size < 1:
-            raise ConfigError(f"block_size={block_size} must be 1 or more.")
+            raise ConfigError(f"engine.kv_cache.block_size={block_size} must be 1 or more.")
         self.num_blocks = 0
         self.num_evictable = 0
         self._spares: list[int] = []

@@ -45,7 +45,9 @@ class LongestPrefixMatch(Policy):
     def __init__(self, config: LongestPrefixMatchConfig) -> None:
         super().__init__(config)
         if config.window < 2:
-            raise ConfigError(f"policy.window={config.window} must be 2 or more to compare any.")
+            raise ConfigError(
+                f"engine.policy.window={config.window} must be 2 or more to compare any."
+            )
         self.window = config.window
 
     def key(self, request: Request, arrival_index: int) -> int:
@@ -81,7 +83,7 @@ class Priority(Policy):
         super().__init__(config)
         if config.requests_per_level < 1:
             raise ConfigError(
-                f"policy.requests_per_level={config.requests_per_level} must be 1 or more."
+                f"engine.policy.requests_per_level={config.requests_per_level} must be 1 or more."
             )
 
     def key(self, request: Request, arrival_index: int) -> int:
@@ -116,7 +118,8 @@ class DecodeFirst(Policy):
         super().__init__(config)
         if config.steps_between_prompts < 0:
             raise ConfigError(
-                f"policy.steps_between_prompts={config.steps_between_prompts} must be 0 or more."
+                f"engine.policy.steps_between_prompts={config.steps_between_prompts} must be 0 or "
+                "more."
             )
         self._num_held_back = 0
 

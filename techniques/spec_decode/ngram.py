@@ -42,12 +42,12 @@ class Ngram(Drafter):
         super().__init__(config)
         if not 1 <= config.min_ngram <= config.max_ngram:
             raise ConfigError(
-                f"drafter.min_ngram={config.min_ngram} and max_ngram={config.max_ngram}: "
+                f"engine.drafter.min_ngram={config.min_ngram} and max_ngram={config.max_ngram}: "
                 "1 <= min_ngram <= max_ngram must hold."
             )
         if config.num_draft_tokens < 1:
             raise ConfigError(
-                f"drafter.num_draft_tokens={config.num_draft_tokens} must be 1 or more."
+                f"engine.drafter.num_draft_tokens={config.num_draft_tokens} must be 1 or more."
             )
         self.num_lookahead_tokens = config.num_draft_tokens
         self._index: dict[str, _NgramIndex] = {}
