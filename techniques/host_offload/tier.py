@@ -12,6 +12,9 @@ import psutil
 from workbench.core.errors import ConfigError
 from workbench.slots.kv_offload import KVOffload
 
+#: Share of the free host memory that the tier may take: the rest of the program grows too.
+_MOST_OF_FREE = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class HostTierConfig:
@@ -112,14 +115,12 @@ class HostTier(KVOffload):
         taken = [block for _ in range(num_blocks) if (block := self._take()) is not None]
         assert len(taken) == num_blocks
         self._swapped[request_id] = taken
-        self._counts["swap_outs"] += 1
         self._counts["blocks_out"] += num_blocks
         return taken
 
     def drop(self, request_id: str, num_read: int = 0) -> None:
         # Not free yet: a planned copy may read them, or still have to write them.
         self._freed += self._swapped.pop(request_id, [])
-        self._counts["swap_ins"] += num_read > 0
         self._counts["blocks_in"] += num_read
 
     # -- all of them --------------------------------------------------------------------------
@@ -150,29 +151,21 @@ class HostTier(KVOffload):
         return {**self._counts, "kept_blocks": len(self._digests)}
 
     def reset_counters(self) -> None:
-        names = (
-            "blocks_out",
-            "blocks_in",
-            "hit_blocks",
-            "evicted",
-            "swap_outs",
-            "swap_ins",
-            "refused",
-        )
+        names = ("blocks_out", "blocks_in", "hit_blocks", "evicted", "refused")
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
 
 
 def _choose_num_blocks(config: HostTierConfig, bytes_per_block: int, num_device_blocks: int) -> int:
     if not 0 <= config.host_gib < math.inf or config.num_blocks < 0:
         raise ConfigError(
-            f"kv_offload.host_gib={config.host_gib} and num_blocks={config.num_blocks} must be 0 "
-            "or more."
+            f"engine.kv_offload.host_gib={config.host_gib} and "
+            f"engine.kv_offload.num_blocks={config.num_blocks} must be 0 or more."
         )
     if config.host_gib and config.num_blocks:
         raise ConfigError(
-            f"kv_offload.host_gib={config.host_gib} and num_blocks={config.num_blocks} both say "
-            "how large the host tier is: set one of them, or none for as many blocks as the "
-            "device has."
+            f"engine.kv_offload.host_gib={config.host_gib} and "
+            f"engine.kv_offload.num_blocks={config.num_blocks} both say how large the host tier "
+            "is: set one of them, or none for as many blocks as the device has."
         )
     if config.host_gib and not bytes_per_block:
         raise ConfigError(
@@ -183,20 +176,24 @@ def _choose_num_blocks(config: HostTierConfig, bytes_per_block: int, num_device_
         num_blocks = int(config.host_gib * 2**30) // max(1, bytes_per_block)
         if not num_blocks:
             raise ConfigError(
-                f"kv_offload.host_gib={config.host_gib} holds no block of {bytes_per_block} bytes. "
-                "Raise it, or set kv_offload.num_blocks."
+                f"engine.kv_offload.host_gib={config.host_gib} holds no block of "
+                f"{bytes_per_block} bytes. Raise it, or set engine.kv_offload.num_blocks."
             )
         return num_blocks
     num_blocks = config.num_blocks or num_device_blocks
     if not num_blocks:
-        raise ConfigError("kv_offload.num_blocks must be 1 or more, or kv_offload.host_gib be set.")
+        raise ConfigError(
+            "engine.kv_offload.num_blocks must be 1 or more, or engine.kv_offload.host_gib be set."
+        )
     return num_blocks
 
 
 def _check_memory(num_blocks: int, bytes_per_block: int) -> None:
     needed, free = num_blocks * bytes_per_block, psutil.virtual_memory().available
-    if needed > free:
+    if needed > _MOST_OF_FREE * free:
         raise ConfigError(
             f"the host tier needs {needed / 2**30:.2f} GiB for {num_blocks} blocks, but "
-            f"{free / 2**30:.2f} GiB of host memory are free. Set a smaller kv_offload.host_gib."
+            f"{free / 2**30:.2f} GiB of host memory are free, of which it may take "
+            f"{100 * _MOST_OF_FREE:.0f} %. Set engine.kv_offload.host_gib or "
+            "engine.kv_offload.num_blocks (one of them) to less."
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from workbench.core.errors import ConfigError
-from workbench.slots.kv_cache import KVCacheManager, KVUsage, Reclaimer
+from workbench.slots.kv_cache import KVCacheManager, Reclaimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,6 @@ class Paged(KVCacheManager):
         self._free = list(range(num_blocks - 1, -1, -1))
         self._held: dict[str, _Holding] = {}
         self._outstanding = 0  # promised blocks that are not allocated yet
-        self._used_tokens = 0  # tokens in blocks that requests own
         self._reclaimer: Reclaimer = _NothingToReclaim()
         self._on_evicted: Callable[[list[int]], None] | None = None
         self._blocks_allocated = 0
@@ -73,7 +72,7 @@ class Paged(KVCacheManager):
     def choose_block_size(cls, config: object, max_model_len: int) -> int:
         assert isinstance(config, PagedConfig)
         if config.block_size < 1:
-            raise ConfigError(f"kv_cache.block_size={config.block_size} must be 1 or more.")
+            raise ConfigError(f"engine.kv_cache.block_size={config.block_size} must be 1 or more.")
         return config.block_size
 
     def attach(
@@ -124,7 +123,6 @@ class Paged(KVCacheManager):
             self._blocks_allocated += missing
         else:
             added = []
-        self._used_tokens += num_tokens - held.num_tokens
         held.num_tokens = num_tokens
         return added
 
@@ -140,9 +138,7 @@ class Paged(KVCacheManager):
     def hand_over(self, request_id: str, block_ids: list[int]) -> None:
         held = self._held[request_id]
         held.shared.update(block_ids)
-        num_tokens = len(block_ids) * self.block_size
-        self._used_tokens -= num_tokens
-        self.num_shared_tokens += num_tokens
+        self.num_shared_tokens += len(block_ids) * self.block_size
 
     def free(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
@@ -152,23 +148,15 @@ class Paged(KVCacheManager):
             self._free.extend(b for b in reversed(held.blocks) if b not in held.shared)
         else:
             self._free.extend(reversed(held.blocks))
-        shared_tokens = len(held.shared) * self.block_size
         self._outstanding -= held.promised_blocks - len(held.blocks)
-        self._used_tokens -= held.num_tokens - shared_tokens
-        self.num_shared_tokens -= shared_tokens
+        self.num_shared_tokens -= len(held.shared) * self.block_size
 
     def block_ids(self, request_id: str) -> list[int]:
         return self._held[request_id].blocks
 
-    def usage(self) -> KVUsage:
-        cache = self._reclaimer
-        in_use = self.num_blocks - len(self._free) - cache.num_evictable
-        locked = cache.num_blocks - cache.num_evictable
-        return KVUsage(
-            total_tokens=self.num_blocks * self.block_size,
-            allocated_tokens=in_use * self.block_size,
-            used_tokens=self._used_tokens + locked * self.block_size,
-        )
+    def allocated_tokens(self) -> int:
+        in_use = self.num_blocks - len(self._free) - self._reclaimer.num_evictable
+        return in_use * self.block_size
 
     def check_integrity(self) -> None:
         holdings = self._held.values()
@@ -186,7 +174,6 @@ class Paged(KVCacheManager):
             assert held.shared <= set(cached), "a request reads a block that was given up"
         shared = sum(len(h.shared) for h in holdings) * self.block_size
         assert shared == self.num_shared_tokens, "shared tokens miscounted"
-        assert self._used_tokens == sum(h.num_tokens for h in holdings) - shared
 
     def counters(self) -> dict[str, float]:
         return {"blocks_allocated": self._blocks_allocated}

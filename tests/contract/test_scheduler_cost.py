@@ -14,10 +14,11 @@ import pytest
 
 from tests.helpers.busy_scheduler import BLOCK_SIZE, BusyScheduler
 from tests.helpers.engines import component
-from tests.helpers.fake_runner import make_request
+from tests.helpers.fake_runner import Choice, FakeRunner, make_request, make_scheduler
 from workbench.configuration import options_of
 from workbench.core.request import Request
 from workbench.slots.policy import Policy, WaitingQueue
+from workbench.slots.scheduler import Scheduler
 
 POLICIES = options_of("engine/policy")
 CACHES = options_of("engine/prefix_cache")
@@ -102,6 +103,79 @@ def test_a_blocked_queue_is_not_asked_again_until_something_changes(policy: str)
     busy.end_one()
     busy.plan_step()
     assert finds == 2
+
+
+def drafting(policy: str, cache: str, pool_tokens: int) -> tuple[Scheduler, FakeRunner, list[int]]:
+    """A request with drafts in nearly every step, and another amid its prompt of 80 tokens; and
+    how often a waiting one was looked up, in a list of one."""
+    if component("policy", policy).needs_prefix_cache and cache == "none":
+        cache = "radix"
+    choice = Choice(
+        policy=policy,
+        prefix_cache=cache,
+        eviction="none" if cache == "none" else "lru",
+        prefill="chunked",
+        max_num_seqs=4,
+        max_model_len=256,
+        pool_tokens=pool_tokens,
+        settings={
+            "kv_cache": {"block_size": 4},
+            "prefill": {"chunk_tokens": 24},
+            "policy": {"steps_between_prompts": 0} if policy == "decode_first" else {},
+        },
+    )
+    scheduler = make_scheduler(choice)
+    runner = FakeRunner(scheduler, seed=1, max_drafts=6)
+    runner.eos_rate = 0.0
+    scheduler.add(make_request("drafts", prompt_len=8, max_tokens=160, ignore_eos=True))
+    scheduler.add(make_request("prompt", prompt=PROMPT, max_tokens=40, ignore_eos=True))
+    runner.step()
+    runner.step()
+    finds, find = [0], scheduler.space.find
+
+    def count_find(request: Request) -> Any:
+        finds[0] += 1
+        return find(request)
+
+    scheduler.space.find = count_find  # type: ignore[method-assign]
+    assert scheduler.requests["prompt"].num_computed_tokens < len(PROMPT)
+    return scheduler, runner, finds
+
+
+PROMPT = range(100, 180)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_head_without_kv_is_not_looked_up_again_for_drafts(policy: str, cache: str) -> None:
+    scheduler, runner, finds = drafting(policy, cache, pool_tokens=320)
+    head = make_request("head", prompt=range(300, 400), max_tokens=90, ignore_eos=True)
+    scheduler.add(head)
+    prompt = scheduler.requests["prompt"]
+    while prompt.num_computed_tokens < len(PROMPT):
+        runner.step()
+    runner.step()  # the last of the prompt is published: one more look
+    seen, num_drafts = finds[0], 0
+    while not prompt.is_finished:
+        plan, _ = runner.step()
+        num_drafts += sum(plan.num_draft_tokens) if plan is not None else 0
+    assert num_drafts > 20
+    assert finds[0] == seen
+    runner.step()
+    assert finds[0] == seen + 1, "somebody ended, so there may be room"
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name != "none"])
+def test_a_head_without_kv_starts_once_a_running_prompt_shares_its_own(cache: str) -> None:
+    """Nobody ends, and it waits for all the blocks that the prompt publishes."""
+    scheduler, runner, _ = drafting("fcfs", cache, pool_tokens=4 * (42 + 30 + 2))
+    scheduler.add(make_request("head", prompt=[*PROMPT, 7], max_tokens=7, ignore_eos=True))
+    prompt = scheduler.requests["prompt"]
+    while prompt.num_computed_tokens < len(PROMPT):
+        runner.step()
+        assert "head" not in scheduler.running
+    runner.step()
+    assert [*scheduler.running] == ["drafts", "prompt", "head"]
 
 
 # -- the queue ------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_traffic_in_a_pool_that_runs_dry(choice: Choice) -> None:
     assert traffic.num_failures > 0
     traffic.drain()
     assert (counters()["preemptions"] > 0) == runs_dry
-    assert (counters()["overcommitted_starts"] > 0) == runs_dry or choice.prefix_cache != "none"
+    assert (counters()["overcommitted_starts"] > 0) == runs_dry
     assert (counters()["swaps_out"] > 0) == (counters()["swaps_in"] > 0) == swaps
 
 
@@ -420,6 +420,79 @@ def test_the_next_starts_as_soon_as_a_head_without_room_is_aborted() -> None:
     assert list(scheduler.running) == ["runs", "small"]
 
 
+@pytest.mark.parametrize("admission", ["reserve_full", "optimistic"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_shared_tokens_overcommit_nothing(cache: str, admission: str) -> None:
+    """Summed by request they may come to more than the pool, though all of it is promised."""
+    choice = Choice(
+        prefix_cache=cache,
+        eviction="lru",
+        admission=admission,
+        max_num_seqs=8,
+        max_model_len=64,
+        pool_tokens=96,
+        settings={"kv_cache": {"block_size": 4}},
+    )
+    scheduler = make_scheduler(choice)
+    runner = FakeRunner(scheduler)
+    runner.eos_rate = 0.0
+    stem = list(range(3, 35))
+    scheduler.add(make_request("first", prompt=stem, max_tokens=24, ignore_eos=True))
+    runner.step()
+    for index in range(7):
+        prompt = [*stem, 40 + index]
+        max_tokens = 7 if admission == "reserve_full" else 30
+        scheduler.add(make_request(f"r{index}", prompt=prompt, max_tokens=max_tokens))
+    possible = 0
+    while scheduler.has_unfinished():
+        runner.step()
+        possible = max(possible, sum(r.max_total_tokens for r in scheduler.running.values()))
+    assert possible > 1.5 * choice.pool_tokens
+    assert (scheduler.counters()["overcommitted_starts"] > 0) == (admission == "optimistic")
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_start_that_is_repeated_after_a_failed_step_is_cached_once(cache: str) -> None:
+    """What a request computed itself, and finds again after a step that failed, is no hit."""
+    choice = Choice(
+        prefix_cache=cache,
+        eviction="lru",
+        max_model_len=64,
+        pool_tokens=128,
+        settings={"kv_cache": {"block_size": 4}},
+    )
+    scheduler = make_scheduler(choice)
+    runner = FakeRunner(scheduler)
+    runner.eos_rate = 0.0
+    prompt = list(range(3, 20))
+    scheduler.add(make_request("first", prompt=prompt, max_tokens=2, ignore_eos=True))
+    while scheduler.has_unfinished():
+        runner.step()
+    request = make_request("r", prompt=[*prompt[:8], *range(30, 39)], max_tokens=9, ignore_eos=True)
+    scheduler.add(request)
+    counted = 0
+    for fail in ("before", None, "during", None, "before", None):
+        plan, _ = runner.step(fail)
+        counted += plan.num_cached_tokens if plan is not None else 0
+    assert scheduler.space.find(request).num_tokens == 16, "it finds its own"
+    assert request.num_cached_tokens == counted == 8
+
+
+def test_swaps_that_the_host_has_no_room_for_are_counted() -> None:
+    choice = memory_choice(
+        "fcfs", ("optimistic", "swap"), "whole_prompt", ("paged", 4, "none", "host")
+    )
+    assert choice is not None
+    choice.settings["kv_offload"]["num_blocks"] = 1
+    traffic = Traffic(make_scheduler(choice), 1, 0)
+    for index in range(40):
+        traffic.arrive(make_request(f"r{index}", prompt_len=9, max_tokens=20, ignore_eos=True))
+    traffic.drain()
+    counters = traffic.scheduler.counters()
+    assert counters["swaps_out"] == counters["swaps_in"] == 0
+    assert counters["swaps_refused"] == counters["preemptions"] > 0
+
+
 def test_a_failed_step_is_no_preemption() -> None:
     scheduler = make_scheduler(Choice())
     runner = FakeRunner(scheduler)
@@ -447,6 +520,23 @@ def test_a_failed_step_is_no_preemption() -> None:
 def test_admission_that_cannot_work_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_scheduler(Choice(admission="optimistic", settings={"admission": settings}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_offload": "host"}, "nothing to hold.*engine/prefix_cache=block_hash"),
+        ({"kv_offload": "host", "admission": "optimistic"}, "preemption=swap, or engine/kv_off"),
+        *(
+            ({"eviction": name}, "orders a prefix cache, and there is none.*engine/eviction=none")
+            for name in options_of("engine/eviction")
+            if name != "none"
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_scheduler(Choice(**fields))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def check_idle(engine: Engine) -> None:
     scheduler = engine.parts.scheduler
     assert not engine.has_unfinished(), "a request was left behind"
     assert not scheduler.has_unfinished(), "the scheduler still knows a request"
-    usage = scheduler.parts.kv_cache.usage()
+    usage = scheduler.kv_usage()
     assert (usage.allocated_tokens, usage.used_tokens) == (0, 0), "KV was left behind"
     engine.check_integrity()
 

@@ -14,20 +14,8 @@ from typing import Any
 
 from workbench.core.request import Request
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
-from workbench.slots.admission import Admission
 from workbench.slots.scheduler import Scheduler
 from workbench.slots.step_plan import RequestUpdate
-
-
-class KnownTokens(Admission):
-    """Promises what is known, so that a small pool runs dry and requests are pre-empted."""
-
-    def __init__(self, to_host: bool) -> None:
-        super().__init__()
-        self.preempts_to_host = to_host
-
-    def reserve_tokens(self, request: Request) -> int:
-        return request.num_tokens
 
 
 class InjectedError(Exception):

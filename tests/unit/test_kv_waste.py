@@ -37,7 +37,7 @@ def mean_waste(kv_cache: str) -> tuple[float, float]:
     while scheduler.has_unfinished():
         plan = scheduler.schedule()
         assert plan is not None, "requests wait but nothing runs"
-        usage_before = scheduler.parts.kv_cache.usage().allocated_tokens
+        usage_before = scheduler.parts.kv_cache.allocated_tokens()
         scheduler.update_from_output(plan, runner.execute(plan))
         usage = scheduler.kv_usage()
         assert usage_before <= POOL_TOKENS

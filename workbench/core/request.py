@@ -41,6 +41,8 @@ class Request:
         Tokens whose KV is written and valid.
     num_cached_tokens
         Of those, tokens that came from a prefix cache when the request first started.
+    first_step
+        The step in which it first started, -1 before; a step that failed does not count.
     stop_ids
         Ids that end the output: the request's own and, unless ignored, the model's.
     draft_token_ids
@@ -48,7 +50,8 @@ class Request:
     extra_keys
         What beside token ids a cached prefix depends on (adapter id, image hash, tenant salt).
     prefix_key
-        What the prefix cache computed of the prompt when the request arrived; nobody else reads it.
+        What the prefix cache computed of the tokens so far, output too once it is of use; nobody
+        else reads it.
     num_matched_tokens
         Tokens found in the prefix cache when a policy last asked, for those that order by it; -1
         where none has.
@@ -70,6 +73,7 @@ class Request:
     draft_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    first_step: int = -1
     num_preemptions: int = 0
     prefix_key: Any = None
     num_matched_tokens: int = -1

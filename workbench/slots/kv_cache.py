@@ -55,6 +55,11 @@ class KVCacheManager(Component):
     #: Tokens of running requests that lie in a prefix cache's blocks, summed by request.
     num_shared_tokens: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        """Slots of the pool."""
+        return self.num_blocks * self.block_size
+
     @classmethod
     @abstractmethod
     def choose_block_size(cls, config: object, max_model_len: int) -> int:
@@ -86,8 +91,8 @@ class KVCacheManager(Component):
         """Take back all blocks and the promise; an id that was never admitted is ignored."""
 
     @abstractmethod
-    def usage(self) -> KVUsage:
-        """Slots in use now, in O(1)."""
+    def allocated_tokens(self) -> int:
+        """Slots of all blocks that requests hold, in O(1); cached ones that nobody reads apart."""
 
     @abstractmethod
     def block_ids(self, request_id: str) -> list[int]:
@@ -131,8 +136,7 @@ class Contiguous(KVCacheManager):
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._owner: dict[str, int] = {}
-        self._num_tokens: dict[str, int] = {}
-        self._used_tokens = 0
+        self._told: set[str] = set()  # whose region allocate_slots has told of
         self._regions_allocated = 0
 
     @classmethod
@@ -148,7 +152,6 @@ class Contiguous(KVCacheManager):
         assert not cached_blocks, "a region belongs to one request"
         if not self._free or reserve_tokens > self.block_size:
             return False
-        self._num_tokens[request_id] = 0
         # The region is taken at once, but told to the caller by the first allocate_slots.
         self._owner[request_id] = self._free.pop()
         self._regions_allocated += 1
@@ -157,11 +160,10 @@ class Contiguous(KVCacheManager):
     def allocate_slots(self, request_id: str, num_tokens: int) -> list[int] | None:
         if num_tokens > self.block_size:
             return None
-        before = self._num_tokens[request_id]
-        if num_tokens > before:
-            self._num_tokens[request_id] = num_tokens
-            self._used_tokens += num_tokens - before
-        return [self._owner[request_id]] if before == 0 < num_tokens else []
+        if num_tokens < 1 or request_id in self._told:
+            return []
+        self._told.add(request_id)
+        return [self._owner[request_id]]
 
     def block_ids(self, request_id: str) -> list[int]:
         return [self._owner[request_id]]
@@ -171,21 +173,17 @@ class Contiguous(KVCacheManager):
         if region is None:
             return
         self._free.append(region)
-        self._used_tokens -= self._num_tokens.pop(request_id)
+        self._told.discard(request_id)
 
-    def usage(self) -> KVUsage:
-        return KVUsage(
-            total_tokens=self.num_blocks * self.block_size,
-            allocated_tokens=len(self._owner) * self.block_size,
-            used_tokens=self._used_tokens,
-        )
+    def allocated_tokens(self) -> int:
+        return len(self._owner) * self.block_size
 
     def check_integrity(self) -> None:
         owned = list(self._owner.values())
         assert len(self._free) + len(owned) == self.num_blocks, "regions lost or made up"
         assert set(self._free).isdisjoint(owned), "a region is free and owned"
         assert len(set(owned)) == len(owned), "a region has two owners"
-        assert self._used_tokens == sum(self._num_tokens.values()), "used tokens miscounted"
+        assert self._told <= self._owner.keys(), "a region was told of that nobody owns"
 
     def counters(self) -> dict[str, float]:
         return {"regions_allocated": self._regions_allocated}

@@ -212,14 +212,22 @@ class KVSpace:
     # -- books --------------------------------------------------------------------------------
 
     def usage(self, num_kv_tokens: int) -> KVUsage:
-        """Slots now, where running requests have ``num_kv_tokens`` computed tokens, each counted
-        with all of its own: tokens that several share are one token in use."""
-        usage = self.kv_cache.usage()
-        usage.used_tokens = num_kv_tokens
-        if self.caches:
-            locked = self.prefix_cache.num_blocks - self.prefix_cache.num_evictable
-            usage.used_tokens += locked * self.kv_cache.block_size - self.kv_cache.num_shared_tokens
-        return usage
+        """Slots now, where running requests have ``num_kv_tokens`` computed tokens, summed by
+        request: tokens that several share are one token in use."""
+        kv_cache = self.kv_cache
+        return KVUsage(
+            total_tokens=kv_cache.total_tokens,
+            allocated_tokens=kv_cache.allocated_tokens(),
+            used_tokens=self.num_distinct(num_kv_tokens),
+        )
+
+    def num_distinct(self, num_tokens: int) -> int:
+        """Of tokens that running requests have or may come to, each counted with all of its own:
+        the same with what several share counted once. In O(1)."""
+        if not self.caches:
+            return num_tokens
+        locked = self.prefix_cache.num_blocks - self.prefix_cache.num_evictable
+        return num_tokens + locked * self.kv_cache.block_size - self.kv_cache.num_shared_tokens
 
     def check_integrity(self, running: dict[str, Request]) -> None:
         """Raise AssertionError where the books contradict each other."""

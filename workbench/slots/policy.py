@@ -34,8 +34,9 @@ class Policy(Component):
     #: all others from then on and is pre-empted last. So nothing that started starves either.
     max_preemptions: int = 8
     #: Over 0, the order is one of ``num_matched_tokens``, which changes while requests wait: at
-    #: each start the first so many by arrival are compared. Some are asked anew in turn, and the
-    #: one that comes out first is.
+    #: each start the first so many by arrival are compared, of the pre-empted and of the new ones
+    #: each. Some are asked anew in turn, and the one that comes out first is. Even who goes before
+    #: all others must be among them.
     window: int = 0
     #: Whether the order is one of what a prefix cache holds, so that it means nothing without one.
     needs_prefix_cache: bool = False
@@ -85,7 +86,7 @@ class WaitingQueue:
     """
 
     def __init__(
-        self, policy: Policy, match_length: Callable[[Request], int] | None = None
+        self, policy: Policy, match_length: Callable[[Request], int] = lambda request: 0
     ) -> None:
         self._policy = policy
         self._match_length = match_length
@@ -149,8 +150,6 @@ class WaitingQueue:
     def _choose_in_window(self) -> Request:
         window, ask = self._policy.window, self._match_length
         first = [*self._again[:window], *islice(self._new.values(), window)]
-        if ask is None:
-            return min(first, key=self.place_of)
         turn = range(self._turn, self._turn + min(_NUM_ASKED, len(first)))
         self._turn = turn.stop
         for request in [first[index % len(first)] for index in turn]:

@@ -77,7 +77,7 @@ class PrefixCache(Component):
         """Compute what the cache needs of a prompt, once, when it arrives (off the step's path).
 
         May store it in ``request.prefix_key`` and nowhere else; tokens that the request gains
-        later are keyed when they are published.
+        later are keyed when they are looked up or published.
         """
 
     @abstractmethod

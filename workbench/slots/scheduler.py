@@ -96,15 +96,15 @@ class Scheduler(Component):
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens, but with at least one output "
                 f"token the context of {limit} holds {limit - 1} at most. Shorten the prompt or "
-                "raise max_model_len."
+                "raise limits.max_model_len."
             )
         request.max_total_tokens = min(request.max_total_tokens, limit)
         if not self.parts.kv_cache.fits(request.max_total_tokens):
-            total = self.parts.kv_cache.usage().total_tokens
+            total = self.parts.kv_cache.total_tokens
             raise RequestError(
                 f"the request needs KV for {request.max_total_tokens} tokens (prompt and output), "
                 f"more than the pool of {total} tokens can give one request. Raise "
-                "kv_pool_tokens or lower max_tokens."
+                "limits.kv_pool_tokens or lower max_tokens."
             )
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use already.")
@@ -162,6 +162,10 @@ class Scheduler(Component):
         """
         self._planned = None
         self.finished_since_plan[:0] = plan.finished_request_ids
+        for new in plan.new_requests:
+            request = self.requests.get(new.request_id)
+            if request is not None and request.first_step == plan.step:
+                request.first_step = -1
         if plan.copies_out or plan.copies_in:
             self.space.distrust_host()
             for new in plan.new_requests:
@@ -213,8 +217,8 @@ class Scheduler(Component):
             return
         while len(self.waiting) and len(self.running) < self.parts.max_num_seqs:
             if plan.budget <= 0 or not self._admit_next(plan):
-                # Prompts that run change what the next step may do; single tokens do not.
-                self._head_is_stuck = not plan.requests
+                # Another mix of prompts and drafts leaves another budget; single tokens do not.
+                self._head_is_stuck |= not plan.requests
                 return
 
     @abstractmethod
@@ -266,8 +270,11 @@ class Scheduler(Component):
         victim.num_preemptions += 1
         self._counts["preemptions"] += 1
         self._counts["preempted_tokens"] += victim.num_computed_tokens
-        swapped = self._put_back(victim, self.parts.admission.preempts_to_host)
+        to_host = self.parts.admission.preempts_to_host
+        has_kv = victim.num_computed_tokens > 0
+        swapped = self._put_back(victim, to_host)
         self._counts["swaps_out"] += swapped
+        self._counts["swaps_refused"] += to_host and has_kv and not swapped
 
     def _admit_next(self, plan: StepPlan) -> bool:
         """Start the request that goes next; False where it has to wait for budget or KV."""
@@ -283,18 +290,20 @@ class Scheduler(Component):
         total = found.num_tokens + num_tokens
         blocks = space.admit(request, found, parts.admission.reserve_tokens(request), total)
         if blocks is None:
+            # While nobody ends, only blocks that it may share can help, not tokens and drafts.
+            self._head_is_stuck = not self._running.may_publish()
             return False
         self.waiting.pop()
         request.num_computed_tokens = found.num_tokens
         self._running.start(request)
-        if request.num_preemptions == 0:
+        if request.first_step < 0:
+            request.first_step = self._step
             request.num_cached_tokens = found.num_tokens
             plan.num_cached_tokens += found.num_tokens
         plan.start(request, num_tokens, blocks)
-        pool_tokens = parts.kv_cache.num_blocks * parts.kv_cache.block_size
-        possible = self._running.num_possible_tokens
+        possible = space.num_distinct(self._running.num_possible_tokens)
         self._counts["admitted"] += 1
-        self._counts["overcommitted_starts"] += possible > pool_tokens
+        self._counts["overcommitted_starts"] += possible > parts.kv_cache.total_tokens
         self._counts["swaps_in"] += found.swapped
         return True
 
@@ -433,6 +442,7 @@ class Scheduler(Component):
             "preempted_tokens",
             "swaps_out",
             "swaps_in",
+            "swaps_refused",
         )
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
 
@@ -442,15 +452,29 @@ def _check_parts(parts: SchedulerParts, token_budget: int) -> None:
     if token_budget < parts.max_num_seqs:
         raise ConfigError(
             f"a step's budget of {token_budget} tokens is under "
-            f"max_num_seqs={parts.max_num_seqs}, so running requests could starve. Raise the "
-            "budget or lower max_num_seqs."
+            f"limits.max_num_seqs={parts.max_num_seqs}, so running requests could starve. Raise "
+            "what sets it, engine.scheduler.max_num_batched_tokens or "
+            "engine.prefill.chunk_tokens, or lower limits.max_num_seqs."
         )
     if parts.admission.preempts_to_host and not parts.offload.holds_blocks:
         raise ConfigError(
-            "admission.preemption=swap needs a host tier to swap to. Choose "
-            "engine/kv_offload=host, or admission.preemption=recompute."
+            "engine.admission.preemption=swap needs a host tier to swap to. Choose "
+            "engine/kv_offload=host, or engine.admission.preemption=recompute."
         )
-    if parts.policy.needs_prefix_cache and not parts.prefix_cache.shares_blocks:
+    caches = parts.prefix_cache.shares_blocks
+    if parts.offload.holds_blocks and not caches and not parts.admission.preempts_to_host:
+        raise ConfigError(
+            "a host tier has nothing to hold: no prefix cache gives blocks up and nothing is "
+            "swapped. Choose engine/prefix_cache=block_hash (or radix), "
+            "engine.admission.preemption=swap, or engine/kv_offload=none."
+        )
+    if parts.prefix_cache.eviction.orders and not caches:
+        raise ConfigError(
+            f"eviction {type(parts.prefix_cache.eviction).__name__} orders a prefix cache, and "
+            "there is none. Choose engine/prefix_cache=radix (or block_hash), or "
+            "engine/eviction=none."
+        )
+    if parts.policy.needs_prefix_cache and not caches:
         raise ConfigError(
             f"policy {type(parts.policy).__name__} orders by what a prefix cache holds, and there "
             "is none. Choose engine/prefix_cache=radix (or block_hash), or another engine/policy."

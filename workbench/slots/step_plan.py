@@ -192,6 +192,14 @@ class Running:
         self.num_possible_tokens -= request.max_total_tokens
         request.draft_token_ids = []
 
+    def may_publish(self) -> bool:
+        """Whether the KV of any may become of use to others before it ends: a prompt's, or pieces
+        of what a pre-empted request computes again."""
+        return any(
+            r.num_computed_tokens < r.num_prompt_tokens or r.num_tokens - r.num_computed_tokens > 1
+            for r in self.others.values()
+        )
+
     def book_decodes(
         self, planned: list[RequestUpdate], result: ModelRunnerOutput
     ) -> tuple[list[RequestUpdate], list[tuple[str, FinishReason]]]:
