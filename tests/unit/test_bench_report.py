@@ -132,6 +132,15 @@ def test_the_notes_say_what_a_verdict_stands_on(results: list[VariantResult]) ->
     assert alone in notes["1"] and alone in notes["2"] and alone not in notes["3"]
 
 
+def test_the_notes_say_what_the_host_had_no_room_for(results: list[VariantResult]) -> None:
+    record = results[1].record
+    counters = {"scheduler.swaps_refused": 3.0, "scheduler.preemptions": 4.0}
+    refusing = dataclasses.replace(record, counters={**record.counters, **counters})
+    notes = dict(footnotes([record, refusing])[:2])
+    assert "no room for the KV of 3 of 4 pre-empted requests" in notes["2"]
+    assert "no room" not in notes["1"]
+
+
 def test_quantities() -> None:
     assert [quantity(v) for v in (None, 0.1234, 12.34, 123.4, 12345.6)] == [
         "-", "0.12", "12.3", "123", "12,346",

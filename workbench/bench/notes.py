@@ -37,6 +37,7 @@ def footnotes(records: Sequence[Record], *, with_evidence: bool = False) -> list
             *_objective(record),
             *_host(record),
             *_kv(record),
+            *_refused_swaps(record),
         ]
         if with_evidence and record.evidence:
             found = ", ".join(f"{name} {value:,.6g}" for name, value in record.evidence.items())
@@ -194,6 +195,17 @@ def _kv(record: Record) -> list[str]:
         share = 100 * memory["peak_memory_bytes"] / predicted
         parts.append(f"peak memory {share:.0f} % of the ledger's prediction")
     return parts
+
+
+def _refused_swaps(record: Record) -> list[str]:
+    """Pre-empted requests that a host tier was asked to take, and had no room for."""
+    refused = record.counters.get("scheduler.swaps_refused", 0)
+    if not refused:
+        return []
+    return [
+        f"the host had no room for the KV of {refused:,.0f} of "
+        f"{record.counters['scheduler.preemptions']:,.0f} pre-empted requests: computed again"
+    ]
 
 
 def _general(records: Sequence[Record]) -> list[str]:
