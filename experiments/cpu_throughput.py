@@ -4,8 +4,8 @@
 
 Every case runs the engine and the rungs of Transformers in the same process, in turn, over the
 same requests, and writes one record a variant and a figure. The last table holds the engine against
-the best rung of its own run. The exit status is 0 only where every row of every case passed its gates
-and every target was reached.
+the best rung of its own run. The exit status is 0 only where every row passed its gates and every
+target was reached.
 """
 
 from __future__ import annotations
