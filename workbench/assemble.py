@@ -1,7 +1,7 @@
 """``build_engine``: components are instantiated here alone, in a fixed order.
 
-platform -> model (linear, adapters, parallel) -> memory plan -> KV manager, pool and host tier ->
-attention -> graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
+platform -> model (linear, ops, adapters, parallel) -> memory plan -> KV manager, pool and host
+tier -> attention -> graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
 Each constructor gets its own config and the runtime objects it names; none gets the whole config.
 ``build_scheduler`` makes the part of it that needs no model, and ``build_component`` one component.
 """
@@ -35,6 +35,7 @@ from workbench.slots.drafter import Drafter
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
+from workbench.slots.ops import Ops
 from workbench.slots.platform import Platform
 from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.verifier import Verifier
@@ -43,6 +44,7 @@ from workbench.slots.verifier import Verifier
 SLOTS = (
     "platform",
     "linear",
+    "ops",
     "adapters",
     "parallel",
     "kv_cache",
@@ -265,6 +267,7 @@ def build_engine(config: EngineConfig) -> Engine:
     decoder = load_model(
         config.source.config,
         linear=builder.build("linear"),
+        ops=_build_ops(builder, platform, dtype),
         adapters=builder.build("adapters"),
         parallel=builder.build("parallel"),
         dtype=dtype,
@@ -341,6 +344,7 @@ def check_engine(config: EngineConfig) -> None:
     dtype = _resolve_dtype(config.dtype, platform)
     spec = spec_from_hf(read_config(config.source.config))
     max_model_len = _resolve_model_len(config.limits, spec)
+    _build_ops(builder, platform, dtype)
     _build_speculation(builder)
     kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
     bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
@@ -350,6 +354,12 @@ def check_engine(config: EngineConfig) -> None:
         num_device_blocks=kv_cache.num_blocks,
     )
     _build_scheduler(builder, config.limits, max_model_len)
+
+
+def _build_ops(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Ops:
+    ops: Ops = builder.build("ops")
+    _require(ops.unsupported_reasons(platform.device, dtype), f"ops {type(ops).__name__}")
+    return ops
 
 
 def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:

@@ -16,14 +16,13 @@ from workbench.slots.adapters import Adapters, NoAdapters
 from workbench.slots.attention import ForwardContext
 from workbench.slots.kv_pool import RopeInputs
 from workbench.slots.linear import LinearLayer, LinearMethod
+from workbench.slots.ops import DispatchedOps, Ops
 from workbench.slots.parallel import Parallel, SingleDevice
 
 ApplyLinear = Callable[[LinearLayer, torch.Tensor], torch.Tensor]
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": kernels.silu_and_mul,
-    "gelu_pytorch_tanh": kernels.gelu_tanh_and_mul,
-}
+#: By the name that configs have for it, the method of :class:`Ops`.
+_ACTIVATIONS = {"silu": "silu_and_mul", "gelu_pytorch_tanh": "gelu_tanh_and_mul"}
 
 
 class DecoderLayer:
@@ -46,7 +45,12 @@ class DecoderLayer:
     rope: RopeInputs
 
     def __init__(
-        self, spec: ModelSpec, index: int, names: WeightNames, all_reduce: Callable[..., Any]
+        self,
+        spec: ModelSpec,
+        index: int,
+        names: WeightNames,
+        ops: Ops,
+        all_reduce: Callable[..., Any],
     ) -> None:
         layer = spec.layers[index]
         self.index = index
@@ -54,7 +58,10 @@ class DecoderLayer:
         self.eps, self.offset = spec.norm_eps, spec.norm_offset
         self.q_norm: torch.Tensor | None = None
         self.k_norm: torch.Tensor | None = None
-        self.activation = _ACTIVATIONS[spec.activation]
+        self.ops = ops
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(
+            ops, _ACTIVATIONS[spec.activation]
+        )
         self.all_reduce = all_reduce
 
         def linear(name: str, width: int, bias: bool, **shards: int) -> LinearLayer:
@@ -107,7 +114,7 @@ class DecoderLayer:
 
     def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add attention's output to the residual in place; the feed-forward block's input."""
-        return kernels.add_rms_norm_(x, residual, self.mlp_norm, self.eps, offset=self.offset)
+        return self.ops.add_rms_norm_(x, residual, self.mlp_norm, self.eps, offset=self.offset)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """What happens to the feed-forward block's output before it joins the residual."""
@@ -126,11 +133,11 @@ class SandwichLayer(DecoderLayer):
     mlp_out_norm: torch.Tensor
 
     def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        x = kernels.rms_norm(x, self.attention_out_norm, self.eps, offset=self.offset)
+        x = self.ops.rms_norm(x, self.attention_out_norm, self.eps, offset=self.offset)
         return super().add_attention(x, residual)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm(x, self.mlp_out_norm, self.eps, offset=self.offset)
+        return self.ops.rms_norm(x, self.mlp_out_norm, self.eps, offset=self.offset)
 
 
 _LAYER_CLASSES: dict[str, type[DecoderLayer]] = {"pre": DecoderLayer, "sandwich": SandwichLayer}
@@ -158,6 +165,7 @@ class Decoder:
         linear: LinearMethod,
         dtype: torch.dtype,
         device: torch.device,
+        ops: Ops | None = None,
         adapters: Adapters | None = None,
         parallel: Parallel | None = None,
     ) -> None:
@@ -165,11 +173,12 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.linear = linear
+        self.ops = DispatchedOps() if ops is None else ops
         self.adapters = NoAdapters() if adapters is None else adapters
         self.parallel = SingleDevice() if parallel is None else parallel
         layer_class = _LAYER_CLASSES[spec.norm_style]
         self.layers = [
-            layer_class(spec, index, names, self.parallel.all_reduce)
+            layer_class(spec, index, names, self.ops, self.parallel.all_reduce)
             for index in range(spec.num_layers)
         ]
         head = names.embedding if spec.tie_word_embeddings else names.head
@@ -207,15 +216,15 @@ class Decoder:
         apply = self._apply_adapted if self.adapters.active else self.linear.apply
         eps, offset = self.spec.norm_eps, self.spec.norm_offset
         residual = self.embed(batch.input_ids)
-        x = kernels.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
+        x = self.ops.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
             x = layer.forward(x, residual, context, apply)
-            x = kernels.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
+            x = self.ops.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
         return residual.add_(self.layers[-1].forward(x, residual, context, apply))
 
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm of ``hidden[L, H]``, as :meth:`forward` returns it; ``[L, H]``."""
-        return kernels.rms_norm(
+        return self.ops.rms_norm(
             hidden, self.final_norm, self.spec.norm_eps, offset=self.spec.norm_offset
         )
 

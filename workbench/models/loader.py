@@ -25,6 +25,7 @@ from workbench.models.rope import RopeSpec
 from workbench.models.spec import ModelSpec
 from workbench.slots.adapters import Adapters
 from workbench.slots.linear import LinearLayer, LinearMethod
+from workbench.slots.ops import Ops
 from workbench.slots.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def load_model(
     expected_tokens: int = 1,
     adapters: Adapters | None = None,
     parallel: Parallel | None = None,
+    ops: Ops | None = None,
     max_model_len: int | None = None,
 ) -> Decoder:
     """Build a decoder and fill it.
@@ -64,6 +66,8 @@ def load_model(
         Of random weights.
     expected_tokens
         Rows of a typical step, a hint for packing.
+    ops
+        Norms and activations; by default what ``kernels`` has for the device.
     max_model_len
         Positions for which rotary tables are made; by default all that the model has.
 
@@ -82,7 +86,12 @@ def load_model(
     device = torch.device(device)
     positions = _num_positions(spec, max_model_len)
     _check_parallel(parallel)
-    parts: dict[str, Any] = {"linear": linear, "adapters": adapters, "parallel": parallel}
+    parts: dict[str, Any] = {
+        "linear": linear,
+        "ops": ops,
+        "adapters": adapters,
+        "parallel": parallel,
+    }
     decoder = Decoder(spec, family.names, dtype=dtype, device=device, **parts)
     reader = _weight_source(source, weights, family, spec, seed, dtype, device)
     with torch.no_grad():

@@ -1,0 +1,137 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Greedy choice of a token, in Triton: rows are cut into pieces where they are few.
+
+A piece ends as one integer, the order of its greatest value above the index counted down, so that
+the greatest integer is the answer, ties and NaN included. A second small launch joins the pieces of
+a row. Launches depend on shapes alone: they can be captured. Semantics: :mod:`kernels.sampling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from kernels.triton import has_dependent_launch, num_multiprocessors
+
+_BLOCK = 2048  # values a program looks at together
+_MAX_PIECES = 128
+_LAST = tl.constexpr(0x7FFFFFFF)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """See :func:`kernels.sampling.argmax`."""
+    num_rows, vocab = logits.shape
+    if vocab == 0:
+        raise ValueError("argmax of rows without a value")
+    assert logits.stride(1) == 1 or vocab == 1
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return out
+    wanted = triton.cdiv(4 * num_multiprocessors(logits.device), num_rows)
+    num_blocks = triton.cdiv(vocab, _BLOCK)
+    share = triton.cdiv(num_blocks, min(wanted, _MAX_PIECES, num_blocks))
+    num_pieces = triton.cdiv(num_blocks, share)  # none without a value
+    keys = out if num_pieces == 1 else out.new_empty(num_rows, num_pieces)
+    is_dependent = has_dependent_launch(logits.device)
+    options = {"launch_pdl": True} if is_dependent else {}
+    argmax_kernel[(num_rows, num_pieces)](
+        keys,
+        logits,
+        logits.stride(0),
+        vocab,
+        share,
+        num_pieces,
+        IS_WHOLE=num_pieces == 1,
+        BLOCK=_BLOCK,
+        IS_DEPENDENT=is_dependent,
+        num_warps=8,
+        **options,
+    )
+    if num_pieces > 1:
+        join_argmax_kernel[(num_rows,)](
+            out,
+            keys,
+            num_pieces,
+            BLOCK=_MAX_PIECES,
+            IS_DEPENDENT=is_dependent,
+            num_warps=1,
+            **options,
+        )
+    return out
+
+
+@triton.jit
+def order_key(value):
+    """fp32 as int32 of the same order; all NaN alike and above everything, -0 equal to 0."""
+    value = tl.where(value == 0.0, tl.zeros_like(value), value)
+    bits = value.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & _LAST)
+    return tl.where(value == value, key, 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["share", "num_pieces"])
+def argmax_kernel(
+    keys,
+    logits,
+    stride,
+    vocab,
+    share,
+    num_pieces,
+    IS_WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """Grid: (rows, pieces). ``IS_WHOLE``: rows are of one piece and ``keys`` takes the index."""
+    if IS_DEPENDENT:
+        gdc_wait()  # of the launch before, only its end is overlapped
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    first = piece * share
+    lane = tl.arange(0, BLOCK)
+    source = logits + row * stride
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    at = first * BLOCK + lane  # of a row of -inf, the first
+    for block in range(first, tl.minimum(first + share, tl.cdiv(vocab, BLOCK))):
+        index = block * BLOCK + lane
+        value = tl.load(source + index, mask=index < vocab, other=float("-inf")).to(tl.float32)
+        # Greater, or the first NaN: nothing is greater than it.
+        is_better = ~(value <= best) & (best == best)
+        best = tl.where(is_better, value, best)
+        at = tl.where(is_better, index, at)
+    key = tl.max((order_key(best).to(tl.int64) << 32) | (at ^ _LAST).to(tl.int64), 0)
+    if IS_WHOLE:
+        tl.store(keys + row, (key & _LAST) ^ _LAST)
+    else:
+        tl.store(keys + row * num_pieces + piece, key)
+
+
+@triton.jit(do_not_specialize=["num_pieces"])
+def join_argmax_kernel(out, keys, num_pieces, BLOCK: tl.constexpr, IS_DEPENDENT: tl.constexpr):
+    """Grid: (rows). The greatest key of a row's pieces has its index."""
+    if IS_DEPENDENT:
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.arange(0, BLOCK)
+    least = -0x7FFFFFFFFFFFFFFF
+    key = tl.load(keys + row * num_pieces + piece, mask=piece < num_pieces, other=least)
+    tl.store(out + row, (tl.max(key, 0) & _LAST) ^ _LAST)
+
+
+def example_launches() -> dict[str, Callable[[], object]]:
+    """Calls that :mod:`kernels.triton.compile_ahead` builds."""
+
+    def call(num_rows: int, vocab: int, dtype: torch.dtype) -> Callable[[], object]:
+        logits = torch.empty(num_rows, vocab, dtype=dtype, device="meta")
+        return lambda: argmax(logits)
+
+    return {
+        "bf16, 1 x 128256": call(1, 128256, torch.bfloat16),
+        "bf16, 256 x 151936": call(256, 151936, torch.bfloat16),
+        "fp16, 32 x 49152": call(32, 49152, torch.float16),
+        "fp32, 1 x 262144": call(1, 262144, torch.float32),
+    }
