@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from tests.helpers.engines import why_not_here
 from tests.helpers.tiny_models import tiny_model
 from workbench.cli.main import main
 from workbench.configuration import CONF_DIR, load_markers, options_of
@@ -248,7 +250,14 @@ def test_doctor_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -
     assert document["platforms"]["cpu"] == []
     assert set(document["platforms"]) == set(options_of("engine/platform"))
     assert all(isinstance(r, str) and r for rs in document["platforms"].values() for r in rs)
-    assert document["techniques"] == {name: [] for name in options_of("technique")}
+    assert list(document["techniques"]) == options_of("technique")
+    if not torch.cuda.is_available():
+        # In the words of an engine that refuses, which may have more to say of its own precision.
+        for name, reasons in document["techniques"].items():
+            refused = why_not_here(name)
+            assert bool(reasons) == bool(refused), name
+            parts = [part for reason in reasons for part in reason.rstrip(".").split("; ")]
+            assert all(part in (refused or "") for part in parts), name
     assert document["ceilings"]["copy_bytes_s"] > 0
     assert all(rate > 0 for rate in document["ceilings"]["matmul_flops"].values())
     assert document["environment"]

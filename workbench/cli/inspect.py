@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from workbench.assemble import load_class
+from workbench.assemble import EngineConfig, Limits, build_component, build_engine
 from workbench.bench.environment import collect_environment
 from workbench.bench.figure import report
 from workbench.bench.roofline import measure_ceilings
 from workbench.cli.output import print_document, takes_json
-from workbench.configuration import CONF_DIR, compose_config, load_markers, options_of
+from workbench.configuration import CONF_DIR, Marker, compose_config, load_markers, options_of
 from workbench.core.errors import ConfigError, WorkbenchError, unknown_name
+from workbench.models.families import read_config
+from workbench.models.source import ModelSource
 from workbench.slots.platform import Platform
 
 #: Optional libraries and what they are for.
@@ -30,6 +34,24 @@ OPTIONAL = {
     "flashinfer": "attention backend",
     "vllm": "baseline (may live in an environment of its own: baseline.vllm.python)",
     "pynvml": "GPU driver and memory figures",
+}
+
+
+#: Shape of a model of a size that every attention backend knows; its weights are drawn.
+_TINY_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "eos_token_id": 1,
 }
 
 
@@ -72,7 +94,10 @@ def list_command(arguments: Sequence[str]) -> int:
 
 
 def doctor_command(arguments: Sequence[str]) -> int:
-    """Say what this machine can run and why not, and measure its ceilings."""
+    """Say what this machine can run and why not, and measure its ceilings.
+
+    A technique can run where a tiny engine with it can be built.
+    """
     as_json, rest = takes_json(list(arguments))
     refresh = "refresh=true" in rest
     rest = [text for text in rest if text not in ("refresh=true", "refresh=false")]
@@ -90,6 +115,7 @@ def _diagnose(refresh: bool) -> dict[str, Any]:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     print("measuring copy bandwidth and matmul rates ...", file=sys.stderr)
     ceilings = measure_ceilings(device, refresh=refresh)
+    print("building a tiny engine with each technique ...", file=sys.stderr)
     return {
         "schema": 1,
         "environment": collect_environment(device).to_dict(),
@@ -98,29 +124,59 @@ def _diagnose(refresh: bool) -> dict[str, Any]:
             name: {"installed": importlib.util.find_spec(name) is not None, "for": use}
             for name, use in OPTIONAL.items()
         },
-        "techniques": {name: _technique_reasons(name) for name in load_markers()},
+        "techniques": _all_technique_reasons(device.partition(":")[0]),
         "ceilings": ceilings.to_dict(),
     }
 
 
 def _platform_reasons(name: str) -> list[str]:
     """Why a platform cannot be used here; empty when it can."""
-    node = OmegaConf.load(CONF_DIR / "engine" / "platform" / f"{name}.yaml")
-    cls = load_class(node._target_)
-    platform: Platform = cls(cls.Config())
+    platform: Platform = build_component("platform", _node_of("platform", name))
     return platform.unsupported_reasons()
 
 
-def _technique_reasons(name: str) -> list[str]:
-    """Why a technique cannot be built here; empty when it can."""
-    reasons = []
-    for slot, option in load_markers()[name].slots.items():
-        node = OmegaConf.load(CONF_DIR / "engine" / slot / f"{option}.yaml")
-        try:
-            load_class(node._target_)
-        except ConfigError as error:
-            reasons.append(str(error))
-    return reasons
+def _all_technique_reasons(platform: str) -> dict[str, list[str]]:
+    """Why each technique cannot be used here; empty when it can."""
+    bare = compose_config([f"engine/platform={platform}"]).components
+    read_config(_TINY_MODEL)  # imports what every engine needs
+    gc.freeze()  # every engine collects garbage, and need not look at libraries each time
+    try:
+        markers = load_markers()
+        return {name: _technique_reasons(name, markers, bare) for name in markers}
+    finally:
+        gc.unfreeze()
+
+
+def _technique_reasons(
+    name: str, markers: Mapping[str, Marker], bare: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    """Why an engine with a technique cannot be built, in the engine's words."""
+    names = [name]
+    while missing := [entry for n in names for entry in markers[n].lacking(names)]:
+        names.append(missing[0])
+    chosen = [(slot, option) for n in names for slot, option in markers[n].slots.items()]
+    try:
+        build_engine(
+            EngineConfig(
+                components={**bare, **{slot: _node_of(slot, option) for slot, option in chosen}},
+                source=ModelSource("tiny", _TINY_MODEL, "random"),
+                weights="random",
+                dtype="bfloat16",
+                limits=Limits(max_num_seqs=2, max_model_len=128),
+            )
+        )
+    except WorkbenchError as error:
+        return [str(error)]
+    except Exception as error:  # a library that is broken
+        return [f"{type(error).__name__}: {error}"]
+    return []
+
+
+def _node_of(slot: str, option: str) -> dict[str, Any]:
+    """``_target_`` and options of a slot's option."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "engine" / slot / f"{option}.yaml"))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
 
 
 def _print_diagnosis(document: dict[str, Any]) -> None:
@@ -132,7 +188,7 @@ def _print_diagnosis(document: dict[str, Any]) -> None:
         for name, reasons in document[key].items():
             table.add_row(
                 f"{key.removesuffix('s')} {name}",
-                "[red]no[/red]: " + "; ".join(reasons) if reasons else "[green]yes[/green]",
+                "[red]no[/red]: " + escape("; ".join(reasons)) if reasons else "[green]yes[/green]",
             )
     for name, state in document["libraries"].items():
         mark = "[green]yes[/green]" if state["installed"] else "not installed"
