@@ -33,7 +33,7 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m workbench fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest --benchmark-skip
+	$(BIN)/python -m pytest --benchmark-skip -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m workbench fetch smollm2-135m-instruct

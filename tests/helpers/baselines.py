@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,6 @@ def save_tiny_llama(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def cheap_collections() -> Iterator[None]:
-    """Body of a module fixture: every run collects garbage; leave what imports hold alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def one_thread() -> Iterator[None]:

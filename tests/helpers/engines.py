@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
-from workbench.configuration import compose_config, engine_config, options_of
+from workbench.configuration import Marker, compose_config, engine_config, options_of
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.engine.engine import Engine
 
@@ -52,12 +52,27 @@ def component(
     return cls(build_config(cls, slot, node), **runtime)
 
 
+@functools.cache
+def _markers_of(conf_dir: Path) -> dict[str, Marker]:
+    return configuration.load_markers()
+
+
+def markers_here() -> dict[str, Marker]:
+    """Every technique's marker; the files are read once for each ``conf/`` that is in use."""
+    return _markers_of(configuration.CONF_DIR)
+
+
 def with_requirements(techniques: Sequence[str]) -> list[str]:
     """Techniques and all that they require, each once, what is required first.
 
     Of a requirement with alternatives, the first, unless another is there already.
     """
-    markers = configuration.load_markers()
+    return list(_with_requirements(configuration.CONF_DIR, tuple(techniques)))
+
+
+@functools.cache
+def _with_requirements(conf_dir: Path, techniques: tuple[str, ...]) -> tuple[str, ...]:
+    markers = markers_here()
     closed: list[str] = []
 
     def visit(name: str) -> None:
@@ -68,13 +83,13 @@ def with_requirements(techniques: Sequence[str]) -> list[str]:
 
     for name in techniques:
         visit(name)
-    return closed
+    return tuple(closed)
 
 
 def declared_conflict(techniques: Sequence[str]) -> bool:
     """Whether two of the techniques, or of what they require, fill one slot or exclude each
     other."""
-    markers = configuration.load_markers()
+    markers = markers_here()
     return any(
         b in markers[a].conflicts or set(markers[a].slots) & set(markers[b].slots)
         for a, b in itertools.permutations(with_requirements(techniques), 2)

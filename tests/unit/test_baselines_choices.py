@@ -12,7 +12,6 @@ import torch
 from tests.helpers.baselines import (
     CONTEXT,
     SHAPES,
-    cheap_collections,
     check_events,
     make_requests,
     one_thread,
@@ -24,7 +23,6 @@ from tests.helpers.baselines import (
 from workbench.baselines.hf_best import HfStaticBatchBest, estimate_output_tok_s
 from workbench.baselines.hf_continuous import HfContinuousBatching, kv_bytes_per_token
 
-_cheap_collections = pytest.fixture(cheap_collections, autouse=True, scope="module")
 _one_thread = pytest.fixture(one_thread, autouse=True)
 
 

@@ -21,7 +21,6 @@ from tests.helpers.baselines import (
     SHAPES,
     VOCAB_SIZE,
     Source,
-    cheap_collections,
     check_events,
     make_requests,
     one_thread,
@@ -37,7 +36,6 @@ from workbench.core.backend import TokenEvent
 from workbench.core.errors import ConfigError
 from workbench.core.workload import WorkloadRequest
 
-_cheap_collections = pytest.fixture(cheap_collections, autouse=True, scope="module")
 _one_thread = pytest.fixture(one_thread, autouse=True)
 
 

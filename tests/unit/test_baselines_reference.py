@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 from tests.helpers.baselines import (
     CONTEXT,
     VOCAB_SIZE,
-    cheap_collections,
     one_thread,
     plain_model,
     save_tiny_llama,
@@ -26,7 +25,6 @@ PROMPTS = [[5, 9, 200, 31], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = [8, 12, 3]
 
 
-_cheap_collections = pytest.fixture(cheap_collections, autouse=True, scope="module")
 _one_thread = pytest.fixture(one_thread, autouse=True)
 
 
