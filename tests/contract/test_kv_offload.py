@@ -148,7 +148,7 @@ def test_ten_thousand_random_operations(option: str, num_blocks: int) -> None:
         model.step_planned,
         model.clear,
     ]
-    for _ in range(10_000 // 3):
+    for _ in range(10_000):
         rng.choices(operations, [8, 6, 1, 2, 3, 0.05])[0]()
         tier.check_integrity()
         everything = [digest(i) for i in range(18)]

@@ -22,6 +22,13 @@ from workbench.slots.scheduler import Scheduler
 
 POLICIES = options_of("engine/policy")
 CACHES = options_of("engine/prefix_cache")
+#: A policy that needs a cache gets one in any case.
+POLICIES_AND_CACHES = [
+    (policy, cache)
+    for policy in POLICIES
+    for cache in CACHES
+    if cache != "none" or not component("policy", policy).needs_prefix_cache
+]
 
 
 def num_calls(work: Callable[[], Any]) -> int:
@@ -51,8 +58,7 @@ def calls_of_steps(busy: BusyScheduler, num_steps: int, end_one: bool = False) -
     return calls
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "cache"), POLICIES_AND_CACHES)
 def test_steady_steps_cost_the_blocks_that_are_taken(policy: str, cache: str) -> None:
     few = BusyScheduler.build(policy, cache, num_running=8, num_waiting=10)
     many = BusyScheduler.build(policy, cache, num_running=128, num_waiting=500)
@@ -69,8 +75,7 @@ def test_steady_steps_cost_the_blocks_that_are_taken(policy: str, cache: str) ->
     assert idle_many < idle_few + 25 * blocks / BLOCK_SIZE
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "cache"), POLICIES_AND_CACHES)
 def test_a_start_costs_the_same_however_many_run_and_wait(policy: str, cache: str) -> None:
     few = BusyScheduler.build(policy, cache, num_running=32, num_waiting=200)
     many = BusyScheduler.build(policy, cache, num_running=96, num_waiting=3000)

@@ -68,13 +68,20 @@ def memory_choice(
 
 
 def combinations() -> list[object]:
-    """All that go together, by name."""
+    """All that go together, by name, under ``fcfs``.
+
+    A policy only orders who waits and who gives way: the others meet each admission, prefill and
+    cache at one block size, with a host tier where something swaps. Not crossed with them: the
+    other block sizes, contiguous memory, and a host tier that only a cache fills.
+    """
     found = []
     for policy, admission, prefill, memory in itertools.product(
         POLICIES, ADMISSIONS, options_of("engine/prefill"), MEMORIES
     ):
+        tier = "host" if admission[1] == "swap" else "none"
+        is_crossed = policy == "fcfs" or (memory[1] == 4 and memory[3] == tier)
         made = memory_choice(policy, admission, prefill, memory)
-        if made is not None:
+        if made is not None and is_crossed:
             name = "-".join([policy, admission[1] or "reserve", prefill, *map(str, memory)])
             found.append(pytest.param(made, id=name))
     return found

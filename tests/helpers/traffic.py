@@ -150,7 +150,12 @@ class Traffic:
         assert cache.num_evictable == cache.num_blocks, "a cached block is locked"
         for book in (space._held, space._swapped, space._digests):
             assert not book, "the books know a request that is gone"
-        assert not getattr(parts.offload, "_swapped", None), "a host block is held"
+        tier = parts.offload
+        tier.step_planned()
+        everything = tier.swap_out("nobody", tier.num_host_blocks)
+        assert (everything is not None) == tier.holds_blocks, "a host block is held"
+        tier.drop("nobody")
+        tier.step_planned()
         assert not scheduler.running
         assert not len(scheduler.waiting)
         assert not scheduler.has_unfinished()

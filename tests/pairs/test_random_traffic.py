@@ -1,16 +1,26 @@
 """Random arrivals, aborts and lulls on real tiny engines: every request gets its own tokens.
 
 What is kept from step to step (rows, block tables, positions) must survive any change of who runs.
+Every technique runs alone, and every two that go together run in at least one of a few groups, each
+as large as can be: that each pair serves as a pair is what test_pairs is for.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 
 import pytest
 
-from tests.helpers.engines import check_idle, mixed_prompts, shared_engine
+from tests.helpers.engines import (
+    TECHNIQUES,
+    check_idle,
+    declared_conflict,
+    mixed_prompts,
+    shared_engine,
+    with_requirements,
+)
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from tests.pairs.test_pairs import COMPATIBLE, build
 from workbench.core.sampling import SamplingParams
@@ -18,6 +28,43 @@ from workbench.core.sampling import SamplingParams
 NUM_PROMPTS = 12
 PROMPTS = mixed_prompts(NUM_PROMPTS, seed=4, longest=30)
 MAX_NEW = 20
+
+
+PAIRS = {frozenset(names) for names in COMPATIBLE if len(names) == 2}
+
+
+def pairs_in(names: tuple[str, ...]) -> set[frozenset[str]]:
+    return {frozenset(pair) for pair in itertools.combinations(with_requirements(names), 2)}
+
+
+def groups() -> list[tuple[str, ...]]:
+    """Groups that nothing can join, chosen so that few of them have every pair."""
+    singles = [names for names in COMPATIBLE if len(names) == 1]
+    left, found = set(PAIRS), []
+    while left:
+
+        def num_new(names: tuple[str, ...]) -> int:
+            return len(pairs_in(names) & left)  # noqa: B023 - called at once
+
+        group = max(sorted(tuple(sorted(pair)) for pair in left), key=num_new)
+        while True:
+            wider = [(*group, *single) for single in singles if single[0] not in group]
+            wider = [names for names in wider if not declared_conflict(names)]
+            if not wider:
+                break
+            group = max(wider, key=num_new)
+        left -= pairs_in(group)
+        found.append(tuple(name for name in TECHNIQUES if name in group))
+    return found
+
+
+SINGLES_AND_GROUPS = [*(names for names in COMPATIBLE if len(names) == 1), *groups()]
+
+
+def test_every_pair_is_in_a_group() -> None:
+    together = set().union(*map(pairs_in, SINGLES_AND_GROUPS))
+    assert together >= PAIRS
+    assert len(PAIRS) > 5 * len(SINGLES_AND_GROUPS) / 2
 
 
 @functools.cache
@@ -41,7 +88,7 @@ def params(index: int, is_drawn: bool, max_tokens: int) -> SamplingParams:
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("names", COMPATIBLE, ids="+".join)
+@pytest.mark.parametrize("names", SINGLES_AND_GROUPS, ids="+".join)
 def test_every_request_gets_its_own_tokens(names: tuple[str, ...], seed: int) -> None:
     rng = random.Random(seed)
     for index in range(NUM_PROMPTS):  # on the same engine where it is shared: before it is busy

@@ -103,13 +103,15 @@ def test_recipe_names_a_workload_a_load_and_baselines_that_exist(recipe: str) ->
     assert not OmegaConf.missing_keys(cfg)
 
 
-@pytest.mark.parametrize("workload", options_of("workload"))
-@pytest.mark.parametrize("load", options_of("load"))
-def test_every_workload_and_load_composes(workload: str, load: str) -> None:
-    plan = plan_run([f"workload={workload}", f"load={load}"])
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, name) for group in ("workload", "load") for name in options_of(group)],
+)
+def test_every_workload_and_load_composes(group: str, option: str) -> None:
+    """Each once: neither group's options read the other's."""
+    plan = plan_run([f"{group}={option}"])
     assert plan.base is None
-    assert plan.treatment.choices["workload"] == workload
-    assert plan.treatment.choices["load"] == load
+    assert plan.treatment.choices[group] == option
 
 
 @pytest.mark.parametrize("model", options_of("model"))

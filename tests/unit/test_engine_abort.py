@@ -151,7 +151,7 @@ def test_interrupt_in_generate_leaves_the_engine_empty_and_usable(
 ) -> None:
     lengths = [1, 4, 9, 2, 6, 3]
     params = [dataclasses.replace(GREEDY, max_tokens=n) for n in lengths]
-    for at in range(1, 10):
+    for at in (1, 4, 9):
         # Interrupted over and over: a row lost each time would soon leave none.
         with pytest.raises(error, match="injected"):
             with_fault(
