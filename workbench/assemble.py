@@ -20,6 +20,7 @@ import torch
 import kernels
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
 from workbench.core.step import StepRecord
+from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool
 from workbench.engine.ledger import Ledger
@@ -32,11 +33,13 @@ from workbench.models.source import ModelSource
 from workbench.models.spec import ModelSpec
 from workbench.slots.component import Component
 from workbench.slots.drafter import Drafter
+from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.ops import Ops
 from workbench.slots.platform import Platform
+from workbench.slots.sampler import Sampler
 from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.verifier import Verifier
 
@@ -295,6 +298,7 @@ def build_engine(config: EngineConfig) -> Engine:
             executor=builder.build("executor", runner=runner),
             loop=builder.build("loop"),
             components=builder.built,
+            graph_runner=runner.parts.graph_runner,
             ledger=ledger,
             tokenizer=config.source.tokenizer(),
             eos_token_ids=frozenset(decoder.spec.eos_token_ids),
@@ -345,6 +349,7 @@ def check_engine(config: EngineConfig) -> None:
     spec = spec_from_hf(read_config(config.source.config))
     max_model_len = _resolve_model_len(config.limits, spec)
     _build_ops(builder, platform, dtype)
+    _build_sampler(builder, platform, dtype)
     _build_speculation(builder)
     kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
     bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
@@ -362,8 +367,22 @@ def _build_ops(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Ops
     return ops
 
 
+def _build_sampler(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Sampler:
+    sampler: Sampler = builder.build("sampler")
+    reasons = sampler.unsupported_reasons(platform.device, dtype)
+    _require(reasons, f"sampler {type(sampler).__name__}")
+    return sampler
+
+
 def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
     drafter, verifier = builder.build("drafter"), builder.build("verifier")
+    loop = builder.cls("loop")
+    if drafter.num_lookahead_tokens and loop.plans_ahead:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} has to see a step's tokens before the next one is "
+            f"planned, and loop {loop.__name__} plans it before. Choose engine/loop=sync, or "
+            "engine/drafter=none."
+        )
     if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
         raise ConfigError(
             f"drafter {type(drafter).__name__} proposes drafts, but verifier "
@@ -407,6 +426,18 @@ def _build_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
+    sampler: Sampler = _build_sampler(builder, platform, dtype)
+    graph_runner: GraphRunner = builder.build("graph_runner")
+    _require(
+        graph_runner.unsupported_reasons(platform, attention),
+        f"graph runner {type(graph_runner).__name__}",
+    )
+    driven = {slot: builder.built[slot] for slot in ("linear", "attention", "sampler", "kv_pool")}
+    step = DecodeStep(decoder, table, pool, attention, sampler, driven)
+    with torch.inference_mode():
+        graph_runner.capture(step)
+    for component in driven.values():
+        component.reset_counters()
     return ModelRunner(
         RunnerParts(
             model=decoder,
@@ -414,10 +445,11 @@ def _build_runner(
             pool=pool,
             host_pool=HostPool(pool, offload.num_host_blocks),
             attention=attention,
-            graph_runner=builder.build("graph_runner"),
-            sampler=builder.build("sampler"),
+            graph_runner=graph_runner,
+            sampler=sampler,
             drafter=drafter,
             verifier=verifier,
+            decode_step=step,
         )
     )
 
@@ -532,7 +564,7 @@ def _predict(
         "request_table": parts.table.num_bytes,
         "activations": (most_tokens * _activation_width(spec) + most_logits * spec.vocab_size)
         * item,
-        "graphs": 0,
+        "graphs": parts.graph_runner.num_bytes,
     }
 
 

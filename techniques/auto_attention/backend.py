@@ -43,9 +43,12 @@ class AutoAttention(CountingAttention):
 
     @property
     def cudagraph_support(self) -> CudaGraphSupport:  # type: ignore[override]
-        """What all picked backends support."""
-        picked = [self._backends[name].cudagraph_support for name in self.picks.values()]
-        return min(picked, default=CudaGraphSupport.NEVER)
+        """What all picked backends support; else what the one for a few tokens a request does."""
+        picked = {p: self._backends[name].cudagraph_support for p, name in self.picks.items()}
+        if not picked:
+            return CudaGraphSupport.NEVER
+        few = min(picked["decode"], CudaGraphSupport.UNIFORM_BATCH)
+        return max(min(picked.values()), few)
 
     def describe(self) -> str:
         """What was picked: ``AutoAttention (decode triton, prefill flash_attn)``."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from techniques.cuda_graphs import CudaGraphConfig, CudaGraphRunner
+from techniques.cuda_graphs.runner import capture_sizes
 from tests.contract.test_kv_pool_and_attention import make_batch
 from tests.helpers.engines import component
 from workbench.configuration import options_of
@@ -73,28 +75,59 @@ def test_parallel_on_one_process_sums_nothing(option: str) -> None:
             assert torch.equal(parallel.all_reduce(x.clone(), axis), x)
 
 
+class CountingStep:
+    """A step that counts its runs."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    @property
+    def max_size(self) -> int:
+        return 20
+
+    def run(self, size: int) -> None:
+        self.sizes.append(size)
+
+    def counters(self) -> dict[str, float]:
+        return {"attention.decode_calls": 2 * len(self.sizes)}
+
+
 @pytest.mark.parametrize("option", options_of("engine/graph_runner"))
-def test_graph_runner_returns_what_the_model_says_for_the_batch_s_own_tokens(option: str) -> None:
+def test_graph_runner_has_room_for_whom_it_takes(option: str) -> None:
     runner = component("graph_runner", option)
-    seen = []
+    platform: Platform = component("platform", "cuda" if torch.cuda.is_available() else "cpu")
+    if option != "eager" and runner.unsupported_reasons(platform, component("attention", "triton")):
+        pytest.skip("it cannot run here")
+    step = CountingStep()
+    runner.capture(step)
+    sizes = [runner.dispatch(n) for n in range(1, 22)]
+    assert sizes[20] is None, "more than the step holds"
+    taken = [(n, size) for n, size in enumerate(sizes, start=1) if size is not None]
+    assert all(n <= size <= 20 for n, size in taken)
+    step.sizes.clear()
+    runner.reset_counters()
+    for _, size in taken:
+        runner.run(size)
+    counted = runner.replayed_counters().get("attention.decode_calls", 0)
+    assert counted + 2 * len(step.sizes) == 2 * len(taken), "a step is counted, run or replayed"
 
-    def forward(batch: object) -> torch.Tensor:
-        seen.append(batch)
-        return batch.positions.unsqueeze(1).float() * torch.ones(8)  # type: ignore[attr-defined]
 
-    for lengths, queries in (([3, 9], [1, 1]), ([5, 6, 2], [5, 1, 2])):
-        batch = make_batch(
-            torch.zeros(len(lengths), 2, dtype=torch.int32), lengths, queries, block_size=8
-        )
-        descriptor = runner.dispatch(batch)
-        assert descriptor.num_tokens >= batch.num_tokens
-        assert descriptor.num_requests >= batch.num_requests
-        assert descriptor.mode
-        runner.capture([descriptor])
-        hidden = runner.run(descriptor, batch, forward)
-        assert hidden.shape == (sum(queries), 8)
-        assert torch.equal(hidden[:, 0], batch.positions.float())
-    assert len(seen) >= 1
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_cannot_be_captured_is_told(device: str) -> None:
+    runner, platform = component("graph_runner", "cuda_graph"), component("platform", device)
+    reasons = runner.unsupported_reasons(platform, component("attention", "sdpa"))
+    assert any("SdpaAttention" in reason for reason in reasons)
+    assert any("CUDA device" in reason for reason in reasons) == (device == "cpu")
+    assert component("graph_runner", "eager").unsupported_reasons(platform, None) == []
+
+
+def test_sizes_grow_by_powers_and_then_evenly() -> None:
+    assert capture_sizes(30, 8) == [1, 2, 4, 8, 16, 24, 30]
+    assert capture_sizes(3, 8) == [1, 2, 3]
+    assert capture_sizes(1, 8) == [1]
+    assert capture_sizes(6, 1) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match=r"engine\.graph_runner\.granularity=0"):
+        CudaGraphRunner(CudaGraphConfig(granularity=0))
 
 
 @pytest.mark.parametrize("option", options_of("engine/platform"))

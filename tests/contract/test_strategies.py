@@ -12,8 +12,10 @@ from tests.helpers.fake_runner import Choice, FakeRunner, make_request, make_sch
 from workbench.configuration import options_of
 from workbench.core.request import FinishReason, Request
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
-from workbench.slots.executor import InProcess
+from workbench.slots.executor import InProcess, Ran
+from workbench.slots.loop import FinishedStep
 from workbench.slots.policy import WaitingQueue
+from workbench.slots.scheduler import Scheduler
 
 
 def some_requests(count: int = 12) -> list[Request]:
@@ -124,12 +126,18 @@ def test_whole_prompt_never_splits_and_chunked_fills_the_budget() -> None:
         component("prefill", "chunked", settings={"chunk_tokens": 0})
 
 
+def book(scheduler: Scheduler, done: FinishedStep) -> None:
+    """As the engine does."""
+    if done.updates is None:
+        scheduler.update_from_output(done.plan, done.result)
+
+
 @pytest.mark.parametrize("option", options_of("engine/loop"))
 class TestLoop:
     def test_every_step_is_planned_run_and_returned_once(self, option: str) -> None:
         scheduler = make_scheduler(Choice())
-        runner = FakeRunner(scheduler, max_drafts=2)
         loop = component("loop", option)
+        runner = FakeRunner(scheduler, max_drafts=0 if loop.plans_ahead else 2)
         executor = InProcess(runner=runner)
         for index in range(9):
             scheduler.add(make_request(f"r{index}", prompt_len=3 + index, max_tokens=5))
@@ -139,7 +147,7 @@ class TestLoop:
             assert done is not None
             assert len(done.result.token_ids) == len(done.plan.request_ids)
             steps.append(done.plan.step)
-            scheduler.update_from_output(done.plan, done.result)
+            book(scheduler, done)
             scheduler.check_integrity()
         assert steps == list(range(len(steps)))
         assert loop.step(scheduler, executor) is None
@@ -154,10 +162,13 @@ class TestLoop:
             scheduler.add(make_request(name, max_tokens=length, ignore_eos=True))
         done = loop.step(scheduler, executor)
         assert done is not None
-        scheduler.update_from_output(done.plan, done.result)
+        book(scheduler, done)
         executor.fail = True
         with pytest.raises(KeyboardInterrupt):
-            loop.step(scheduler, executor)
+            for _ in range(2):  # a loop that plans ahead has a step to return first
+                done = loop.step(scheduler, executor)
+                assert done is not None
+                book(scheduler, done)
         executor.fail = False
         for name in list(scheduler.requests):
             scheduler.finish(name, FinishReason.ABORT)
@@ -178,6 +189,9 @@ class _Failing(InProcess):
         if self.fail:
             raise KeyboardInterrupt
         return super().execute(plan)
+
+    def submit(self, plan: SchedulerOutput) -> Ran:
+        return Ran(self.execute(plan))
 
 
 @pytest.mark.parametrize("option", options_of("engine/executor"))

@@ -12,6 +12,7 @@ from workbench.assemble import build_config, load_class
 from workbench.core.request import Request
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
+from workbench.slots.executor import Ran
 from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.step_plan import RequestUpdate
 
@@ -137,6 +138,10 @@ class FakeRunner:
     def num_known(self) -> dict[str, int]:
         """Known tokens by request that has a row."""
         return {name: len(row.token_ids) for name, row in self.rows.items()}
+
+    def submit(self, plan: SchedulerOutput) -> Ran:
+        """Run a plan now."""
+        return Ran(self.execute(plan))
 
     def execute(self, plan: SchedulerOutput, fail: str | None = None) -> ModelRunnerOutput:
         """Results for a plan; raises AssertionError where the plan is impossible.

@@ -14,6 +14,7 @@ from typing import Any
 
 from workbench.core.request import Request
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
+from workbench.slots.executor import Ran
 from workbench.slots.scheduler import Scheduler
 from workbench.slots.step_plan import RequestUpdate
 
@@ -90,6 +91,10 @@ class SymbolicRunner:
         updates = self.scheduler.update_from_output(plan, result)
         self.scheduler.check_integrity()
         return plan, updates
+
+    def submit(self, plan: SchedulerOutput) -> Ran:
+        """Run one plan now."""
+        return Ran(self.execute(plan))
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run one plan."""

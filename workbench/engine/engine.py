@@ -21,6 +21,7 @@ from workbench.engine.ledger import Ledger
 from workbench.engine.output import RequestState, StopStringScan, Tokenizer
 from workbench.slots.component import Component
 from workbench.slots.executor import Executor
+from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.loop import FinishedStep, Loop
 from workbench.slots.scheduler import Scheduler
 from workbench.slots.step_plan import RequestUpdate
@@ -37,6 +38,7 @@ class EngineParts:
     executor: Executor
     loop: Loop
     components: dict[str, Component]
+    graph_runner: GraphRunner
     ledger: Ledger
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
@@ -213,7 +215,9 @@ class Engine:
         if done is None:
             return []
         returned = time.perf_counter()
-        updates = parts.scheduler.update_from_output(done.plan, done.result)
+        updates = done.updates
+        if updates is None:
+            updates = parts.scheduler.update_from_output(done.plan, done.result)
         parts.ledger.observe(parts.scheduler.kv_usage())
         updated = time.perf_counter()
         outputs = [out for update in updates if (out := self._book(update)) is not None]
@@ -251,7 +255,7 @@ class Engine:
     ) -> None:
         plan, result = done.plan, done.result
         parts_us = dict(result.timings_us)
-        device_us = parts_us.get("model", 0.0) + parts_us.get("sample", 0.0)
+        device_us = sum(parts_us.get(part, 0.0) for part in ("model", "sample", "wait"))
         parts_us["schedule"] = max(0.0, (returned - began) * 1e6 - sum(parts_us.values()))
         parts_us["update"] = (updated - returned) * 1e6
         parts_us["output"] = (time.perf_counter() - updated) * 1e6
@@ -345,6 +349,8 @@ class Engine:
         for slot, component in self.parts.components.items():
             for name, value in component.counters().items():
                 merged[f"{slot}.{name}"] = value
+        for name, value in self.parts.graph_runner.replayed_counters().items():
+            merged[name] = merged.get(name, 0) + value
         return merged
 
     def reset_counters(self) -> None:

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from workbench.core.step import (
@@ -15,8 +14,11 @@ from workbench.core.step import (
     SchedulerOutput,
     TokenLogprobs,
 )
+from workbench.engine.decode_step import DecodeStep
 from workbench.engine.host_pool import HostPool
 from workbench.engine.request_table import RequestTable
+from workbench.engine.step_inputs import InputGatherer, StepInputs
+from workbench.engine.upload import upload
 from workbench.slots.attention import AttentionBackend, ForwardContext
 from workbench.slots.drafter import DraftContext, Drafter
 from workbench.slots.graph_runner import GraphRunner
@@ -50,53 +52,8 @@ class RunnerParts:
     sampler: Sampler
     drafter: Drafter
     verifier: Verifier
-
-
-@dataclass(slots=True)
-class _Inputs:
-    """A batch and what the host knows of it. ``S`` requests yield a token in this step."""
-
-    batch: ForwardBatch
-    rows: list[int]
-    rows_index: np.ndarray  # the same, for the host's books
-    sampling: list[int]  # S indices into the batch
-    num_drafts: list[int]  # by request of the batch
-    first_row: list[int]  # S first rows of logits
-    first_new: torch.Tensor  # S columns of the table that take the first new token
-    max_drafts: int
-
-
-@dataclass(frozen=True, slots=True)
-class _HostViews:
-    """numpy's call costs a fifth of torch's, which counts for a few integers."""
-
-    walk: np.ndarray
-    seq_lens: np.ndarray
-    block_table: np.ndarray
-
-
-@dataclass(slots=True)
-class _Steady:
-    """What a batch of single tokens keeps from step to step while the same requests run.
-
-    The plan of such steps carries the very list of ids of the one before, which is how they are
-    known.
-    """
-
-    request_ids: list[str]
-    #: The last step's, brought up to date in place.
-    inputs: _Inputs
-    no_drafts: list[list[int]]
-    no_logprobs: list[list[TokenLogprobs] | None]
-    #: ``[3, B]`` int64: position of the token, its slot, and the column of the token after it.
-    walk: torch.Tensor
-    #: Which requests enter a block, by steps modulo the block size.
-    crossings: dict[int, list[int]]
-    #: Views of the same memory, where the device's is the host's.
-    views: _HostViews | None
-    age: int = 0
-    #: Steps that the table's host books do not know of yet.
-    num_unbooked: int = 0
+    #: What the graph runner prepared; None where it prepared nothing.
+    decode_step: DecodeStep | None = None
 
 
 class ModelRunner:
@@ -105,60 +62,86 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self.parts = parts
         self.table = parts.table
-        self._arange = torch.arange(self.table.token_ids.shape[0], device=self.table.device)
-        self._steady: _Steady | None = None
+        # Drafts of the last step stand behind its tokens, which a prepared step does not read.
+        step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
+        self.inputs = InputGatherer(parts.table, parts.pool.block_size, parts.graph_runner, step)
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step of the plan."""
+        return self.submit(plan).result()
+
+    def submit(self, plan: SchedulerOutput) -> RunningStep:
+        """Queue one step of the plan on the device, without waiting for its tokens.
+
+        The next step may be queued before the tokens of this one are read, where no drafter has to
+        see them first: they stand in the request table, on the device.
+        """
         try:
             with self._inference:
-                return self._execute(plan)
+                return self._submit(plan)
         except BaseException:
-            self._leave_steady()  # it may stand between two steps
+            self.inputs.leave_steady()  # it may stand between two steps
             raise
 
-    def _execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        clock = _PartClock()
-        parts = self.parts
+    def _submit(self, plan: SchedulerOutput) -> RunningStep:
+        clock = PartClock()
         self._apply_changes(plan)
-        inputs = self._gather(plan)
-        batch = inputs.batch
+        inputs = self.inputs.gather(plan)
+        logits, selected, metadata = None, inputs.batch.positions[:0], None
+        if inputs.prepared_size is None:
+            hidden = self._forward(inputs, clock)
+            if inputs.sampling:
+                logits, selected = self._logits(inputs, hidden)
+            metadata = self._sampling_metadata(inputs) if inputs.sampling else None
+        else:
+            clock.lap("prepare")
+            logits, metadata = self._run_prepared(inputs, inputs.prepared_size)
+        clock.lap("model")
+        accepted = None
+        if metadata is not None:
+            assert logits is not None
+            accepted = self.parts.verifier.verify(
+                self._drafts(inputs), logits, metadata, self.parts.sampler
+            )
+            self._advance(inputs, accepted)
+        elif inputs.prepared_size is not None:
+            assert self.parts.decode_step is not None
+            new = self.parts.decode_step.new_ids[: len(inputs.rows)]
+            if not new.is_cuda:  # else it is copied to the host in the order of the steps
+                new = new.clone()
+            accepted = Accepted(new.unsqueeze(1))
+        else:
+            self._advance(inputs, None)
+        clock.lap("sample")
+        return RunningStep(self, plan, inputs, accepted, selected, clock)
+
+    def _forward(self, inputs: StepInputs, clock: PartClock) -> torch.Tensor:
+        parts, batch = self.parts, inputs.batch
         context = ForwardContext(
             batch, parts.attention, parts.attention.build_metadata(batch), parts.pool
         )
         clock.lap("prepare")
-        descriptor = parts.graph_runner.dispatch(batch)
-        hidden = parts.graph_runner.run(
-            descriptor, batch, lambda b: parts.model.forward(b, context)
-        )
-        tokens: list[list[int]] = []
-        logits = accepted = None
-        selected = hidden[:0]
-        if inputs.sampling:
-            logits, selected = self._logits(inputs, hidden)
-        clock.lap("model")
-        if logits is not None:
-            accepted = parts.verifier.verify(
-                self._drafts(inputs), logits, self._sampling_metadata(inputs), parts.sampler
-            )
-        self._advance(inputs, accepted)
-        if accepted is not None:
-            tokens = accepted.token_ids.tolist()
-            if inputs.max_drafts:
-                tokens = [[t for t in row if t >= 0] for row in tokens]
-        clock.lap("sample")
-        drafts = self._draft(plan, inputs, tokens, selected)
-        clock.lap("draft")
-        return self._output(plan, inputs, tokens, drafts, accepted, descriptor.mode, clock)
+        return parts.model.forward(batch, context)
 
-    # -- inputs -------------------------------------------------------------------------------
+    def _run_prepared(
+        self, inputs: StepInputs, size: int
+    ) -> tuple[torch.Tensor | None, SamplingMetadata | None]:
+        """Logits, and how to draw from them, where the tokens that the step drew greedily are not
+        the ones wanted."""
+        step = self.parts.decode_step
+        assert step is not None
+        self.parts.graph_runner.run(size)
+        if self.table.all_plain_greedy:
+            return None, None
+        inputs.first_new = inputs.batch.positions + 1
+        return step.logits[size][: len(inputs.rows)], self._sampling_metadata(inputs)
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
         if plan.copies_out or plan.copies_in:  # before anything is written to these blocks
             self.parts.host_pool.copy(plan.copies_out, plan.copies_in)
         if plan.new_requests or plan.finished_request_ids:
-            self._leave_steady()  # an id may have come back with another row
+            self.inputs.leave_steady()  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
             self.parts.drafter.finish(request_id)
@@ -167,222 +150,32 @@ class ModelRunner:
         if plan.new_block_ids:
             self.table.append_blocks(plan.new_block_ids)
 
-    def _gather(self, plan: SchedulerOutput) -> _Inputs:
-        """Gather the batch from the table: a few integers go to the device, all else is there."""
-        steady = self._steady
-        if steady is not None and plan.request_ids is steady.request_ids:
-            return self._gather_again(steady)
-        rows_host = [self.table.row_of[request_id] for request_id in plan.request_ids]
-        if plan.total_num_scheduled_tokens == len(rows_host) and all(plan.samples):
-            return self._gather_decode(plan, rows_host)
-        self._leave_steady()
-        return self._gather_mixed(plan, rows_host)
-
-    def _leave_steady(self) -> None:
-        """Forget what was kept between steps, after booking what it still owes the table."""
-        if self._steady is not None:
-            self._settle(self._steady)
-            self._steady = None
-
-    def _settle(self, steady: _Steady) -> None:
-        """Bring the table's host books up with the steps that ran without them."""
-        if steady.num_unbooked:
-            rows = steady.inputs.rows_index
-            self.table.num_tokens[rows] += steady.num_unbooked
-            self.table.num_computed_host[rows] += steady.num_unbooked
-            steady.num_unbooked = 0
-
-    def _gather_decode(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
-        """Every request runs its last token."""
-        self._leave_steady()
-        table, size = self.table, len(rows_host)
-        rows = torch.tensor(rows_host, dtype=torch.int64).to(table.device, non_blocking=True)
-        rows_index = np.array(rows_host)
-        computed = table.num_computed_host[rows_index]
-        positions = table.num_computed_tokens[rows]
-        blocks, index = table.block_table[rows], self._first_arange(size)
-        slots = self._slots(blocks, index, positions)
-        walk, seq_lens = torch.stack([positions, slots, positions + 1]), positions.int() + 1
-        positions, slots, first_new = walk.unbind()
-        batch = ForwardBatch(
-            input_ids=table.token_ids[rows, positions].long(),
-            positions=positions,
-            query_start_loc=self._first_arange(size + 1).to(torch.int32),
-            seq_lens=seq_lens,
-            block_table=blocks,
-            slot_mapping=slots,
-            logits_indices=index,
-            rows=rows,
-            query_lens_host=plan.num_scheduled_tokens,
-            seq_lens_host=(computed + 1).tolist(),
-            block_size=self.parts.pool.block_size,
-            host_rows=(table.host_block_table, rows_host),
-        )
-        indices = list(range(size))
-        inputs = _Inputs(
-            batch=batch,
-            rows=rows_host,
-            rows_index=rows_index,
-            sampling=indices,
-            num_drafts=plan.num_draft_tokens,
-            first_row=indices,
-            first_new=first_new,
-            max_drafts=0,
-        )
-        crossings: dict[int, list[int]] = {}
-        for i, phase in enumerate((-computed % batch.block_size).tolist()):
-            crossings.setdefault(phase, []).append(i)
-        views = None
-        if table.device.type == "cpu":
-            views = _HostViews(walk.numpy(), seq_lens.numpy(), blocks.numpy())
-        self._steady = _Steady(
-            request_ids=plan.request_ids,
-            inputs=inputs,
-            no_drafts=[[] for _ in rows_host],
-            no_logprobs=[None] * size,
-            walk=walk,
-            crossings=crossings,
-            views=views,
-        )
-        return inputs
-
-    def _gather_again(self, steady: _Steady) -> _Inputs:
-        """The same requests as in the last step, each one token further: nothing is gathered
-        again, and the last step's tokens are this one's inputs (see :meth:`_advance`)."""
-        batch, views = steady.inputs.batch, steady.views
-        if views is not None:
-            np.add(views.walk, 1, out=views.walk)
-            np.add(views.seq_lens, 1, out=views.seq_lens)
-        else:
-            steady.walk.add_(1)
-            batch.seq_lens.add_(1)
-        batch.seq_lens_host = [length + 1 for length in batch.seq_lens_host]
-        steady.age += 1
-        crossing = steady.crossings.get(steady.age % batch.block_size)
-        if crossing is not None:
-            self._enter_blocks(steady, crossing)
-        return steady.inputs
-
-    def _enter_blocks(self, steady: _Steady, members: list[int]) -> None:
-        """The next token of these requests opens a block; its slot is not beside the last one."""
-        inputs, batch = steady.inputs, steady.inputs.batch
-        block_size, host = batch.block_size, self.table.host_block_table
-        columns = [(batch.seq_lens_host[i] - 1) // block_size for i in members]
-        blocks = [
-            int(host[inputs.rows[i], column]) for i, column in zip(members, columns, strict=True)
-        ]
-        if steady.views is not None:
-            for i, column, block in zip(members, columns, blocks, strict=True):
-                steady.views.walk[1, i] = block * block_size
-                steady.views.block_table[i, column] = block
-            return
-        packed = torch.tensor([members, columns, blocks])
-        member, column, block = packed.to(self.table.device, non_blocking=True)
-        steady.walk[1, member] = block * block_size
-        batch.block_table[member, column] = block.int()
-
-    def _slots(
-        self, block_table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Where the KV of tokens goes, ``[T]`` int64."""
-        block_size = self.parts.pool.block_size
-        block = block_table[owner, torch.div(positions, block_size, rounding_mode="floor")]
-        return block.long() * block_size + positions % block_size
-
-    def _gather_mixed(self, plan: SchedulerOutput, rows_host: list[int]) -> _Inputs:
-        """Queries of any length: prompts, their pieces, drafts and single tokens."""
-        table = self.table
-        query_lens = plan.num_scheduled_tokens
-        size, num_tokens = len(rows_host), sum(query_lens)
-        packed_host = np.array([rows_host, query_lens, plan.num_draft_tokens], dtype=np.int64)
-        packed = torch.from_numpy(packed_host).to(table.device, non_blocking=True)
-        rows, lens, num_drafts = packed[0], packed[1], packed[2]
-        computed = table.num_computed_tokens[rows]
-        seq_lens = computed + lens
-        blocks = table.block_table[rows]
-        ends = torch.cumsum(lens, 0)
-        start = torch.cat([ends.new_zeros(1), ends])
-        owner = torch.repeat_interleave(self._first_arange(size), lens, output_size=num_tokens)
-        positions = computed[owner] + self._first_arange(num_tokens) - start[owner]
-        sampling, first_row, logits_indices = self._logits_rows(plan)
-        batch = ForwardBatch(
-            input_ids=table.token_ids[rows[owner], positions].long(),
-            positions=positions,
-            query_start_loc=start.to(torch.int32),
-            seq_lens=seq_lens.to(torch.int32),
-            block_table=blocks,
-            slot_mapping=self._slots(blocks, owner, positions),
-            logits_indices=logits_indices,
-            rows=rows,
-            query_lens_host=query_lens,
-            seq_lens_host=(table.num_computed_host[packed_host[0]] + packed_host[1]).tolist(),
-            block_size=self.parts.pool.block_size,
-            host_rows=(table.host_block_table, rows_host),
-        )
-        return _Inputs(
-            batch=batch,
-            rows=rows_host,
-            rows_index=packed_host[0],
-            sampling=sampling,
-            num_drafts=plan.num_draft_tokens,
-            first_row=first_row,
-            first_new=(seq_lens - num_drafts)[self._device_index(sampling, size)],
-            max_drafts=max(plan.num_draft_tokens),
-        )
-
-    def _first_arange(self, count: int) -> torch.Tensor:
-        if count > self._arange.shape[0]:
-            self._arange = torch.arange(2 * count, device=self.table.device)
-        return self._arange[:count]
-
-    def _device_index(self, indices: list[int], size: int) -> torch.Tensor | slice:
-        """An index that picks requests of the batch; a slice where it is all of them."""
-        if len(indices) == size:
-            return slice(None)
-        return torch.tensor(indices, dtype=torch.int64).to(self.table.device, non_blocking=True)
-
-    def _logits_rows(self, plan: SchedulerOutput) -> tuple[list[int], list[int], torch.Tensor]:
-        """Which requests yield tokens, their first rows of logits, and the tokens behind them."""
-        sampling: list[int] = []
-        first_row: list[int] = []
-        indices: list[int] = []
-        end = 0
-        for i, (length, drafts) in enumerate(
-            zip(plan.num_scheduled_tokens, plan.num_draft_tokens, strict=True)
-        ):
-            end += length
-            if plan.samples[i]:
-                sampling.append(i)
-                first_row.append(len(indices))
-                indices.extend(range(end - drafts - 1, end))
-        if len(indices) == end:  # every token yields a row
-            return sampling, first_row, self._first_arange(end)
-        index = torch.tensor(indices, dtype=torch.int64).to(self.table.device, non_blocking=True)
-        return sampling, first_row, index
-
-    def _drafts(self, inputs: _Inputs) -> DraftsToVerify:
+    def _drafts(self, inputs: StepInputs) -> DraftsToVerify:
         """Drafts of the requests that yield tokens, read back from the table's rows."""
         device, batch = self.table.device, inputs.batch
         count, width = len(inputs.sampling), inputs.max_drafts
         if width == 0:
             return DraftsToVerify(
-                torch.empty(count, 0, dtype=torch.int64, device=device), self._first_arange(count)
+                torch.empty(count, 0, dtype=torch.int64, device=device),
+                self.inputs.first_arange(count),
             )
-        selected = self._device_index(inputs.sampling, batch.num_requests)
-        num_drafts = torch.tensor([inputs.num_drafts[i] for i in inputs.sampling])
-        steps = self._first_arange(width)
+        selected = self.inputs.device_index(inputs.sampling, batch.num_requests)
+        num_drafts = upload([inputs.num_drafts[i] for i in inputs.sampling], device)
+        steps = self.inputs.first_arange(width)
         columns = inputs.first_new.unsqueeze(1) + steps
         drafts = self.table.token_ids[batch.rows[selected].unsqueeze(1), columns].long()
-        is_draft = steps < num_drafts.to(device).unsqueeze(1)
-        first_row = torch.tensor(inputs.first_row, dtype=torch.int64).to(device)
+        is_draft = steps < num_drafts.unsqueeze(1)
+        first_row = upload(inputs.first_row, device)
         return DraftsToVerify(drafts.masked_fill(~is_draft, -1), first_row)
 
-    def _logits(self, inputs: _Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(
+        self, inputs: StepInputs, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         index = inputs.batch.logits_indices
         selected = hidden if index.shape[0] == hidden.shape[0] else hidden[index]
         return self.parts.model.compute_logits(selected), selected
 
-    def _sampling_metadata(self, inputs: _Inputs) -> SamplingMetadata:
+    def _sampling_metadata(self, inputs: StepInputs) -> SamplingMetadata:
         table, batch = self.table, inputs.batch
         if table.all_plain_greedy:
             nothing = batch.positions[:0]
@@ -390,7 +183,7 @@ class ModelRunner:
         rows = [inputs.rows[i] for i in inputs.sampling for _ in range(inputs.num_drafts[i] + 1)]
         params = [p for row in rows if (p := table.params[row]) is not None]
         positions = batch.positions[batch.logits_indices] + 1
-        index = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
+        index = upload(rows, table.device)
         any_penalties = any(p.has_penalties for p in params)
         contexts: list[torch.Tensor] = []
         if any_penalties:
@@ -411,46 +204,51 @@ class ModelRunner:
 
     # -- results ------------------------------------------------------------------------------
 
-    def _advance(self, inputs: _Inputs, accepted: Accepted | None) -> None:
+    def _advance(self, inputs: StepInputs, accepted: Accepted | None) -> None:
         """Write new tokens and progress back to the table, on the device."""
         table, batch = self.table, inputs.batch
         table.num_computed_tokens[batch.rows] = batch.seq_lens.long()
         if accepted is None:
             return
-        selected = self._device_index(inputs.sampling, batch.num_requests)
+        selected = self.inputs.device_index(inputs.sampling, batch.num_requests)
         rows = batch.rows if isinstance(selected, slice) else batch.rows[selected]
         ids = accepted.token_ids
         if ids.shape[1] == 1:
             new = ids[:, 0]
-            if self._steady is not None:
-                self._steady.inputs.batch.input_ids = new
+            if self.inputs.steady is not None and inputs.prepared_size is None:
+                inputs.batch.input_ids = new  # of the next step, if it is one like this
             table.token_ids[rows, inputs.first_new] = new.to(torch.int32)
             return
         is_token = ids >= 0
-        columns = inputs.first_new.unsqueeze(1) + self._first_arange(ids.shape[1])
+        columns = inputs.first_new.unsqueeze(1) + self.inputs.first_arange(ids.shape[1])
         columns = columns.masked_fill(~is_token, table.trash_column)
         table.token_ids[rows.unsqueeze(1), columns] = ids.to(torch.int32)
         table.num_computed_tokens[rows] = inputs.first_new + is_token.sum(1) - 1
 
-    def _draft(
+    def book(self, inputs: StepInputs) -> None:
+        """Count on the host the one token that each sampling request gets in a step."""
+        if self.inputs.steady is not None:
+            self.inputs.steady.num_unbooked += 1
+            return
+        table, index = self.table, inputs.rows_index
+        if len(inputs.sampling) != len(inputs.rows):
+            table.num_computed_host[index] = inputs.batch.seq_lens_host
+            index = index[inputs.sampling]
+        table.count_tokens(index)
+
+    def draft(
         self,
         plan: SchedulerOutput,
-        inputs: _Inputs,
+        inputs: StepInputs,
         tokens: list[list[int]],
         hidden: torch.Tensor,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
-        table, drafter, steady = self.table, self.parts.drafter, self._steady
-        if steady is not None and drafter.num_lookahead_tokens == 0:
-            steady.num_unbooked += 1
-            return steady.no_drafts
-        index = inputs.rows_index
+        table, index = self.table, inputs.rows_index
         if len(inputs.sampling) != len(inputs.rows):
             table.num_computed_host[index] = inputs.batch.seq_lens_host
             index = index[inputs.sampling]
-        table.note_tokens(index, tokens, uniform=inputs.max_drafts == 0)
-        if drafter.num_lookahead_tokens == 0:
-            return [[] for _ in tokens]
+        table.note_tokens(index, tokens)
         rows = index.tolist()
         limits = []
         for row in rows:
@@ -458,7 +256,7 @@ class ModelRunner:
             assert params is not None
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
-        drafts = drafter.propose(
+        drafts = self.parts.drafter.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
                 token_ids=[table.known_tokens(row) for row in rows],
@@ -470,49 +268,107 @@ class ModelRunner:
             table.write_drafts(row, draft)
         return drafts
 
-    def _output(
+
+class RunningStep:
+    """A step that is queued on the device.
+
+    Holds all that its result needs, since the inputs of a steady batch are brought up to date in
+    place by the next step.
+    """
+
+    def __init__(
         self,
+        runner: ModelRunner,
         plan: SchedulerOutput,
-        inputs: _Inputs,
-        tokens: list[list[int]],
-        drafts: list[list[int]],
+        inputs: StepInputs,
         accepted: Accepted | None,
-        mode: str,
-        clock: _PartClock,
-    ) -> ModelRunnerOutput:
+        hidden: torch.Tensor,
+        clock: PartClock,
+    ) -> None:
+        self._runner, self._plan, self._clock = runner, plan, clock
+        self._inputs, self._hidden = inputs, hidden
+        self._steady = runner.inputs.steady
+        self._sampling, self._first_row = inputs.sampling, inputs.first_row
+        self._num_context_tokens = inputs.num_context_tokens
+        self._size = inputs.prepared_size
+        self._has_drafts = inputs.max_drafts > 0
+        self._logprobs = None if accepted is None else accepted.logprobs
+        self._tokens = None if accepted is None else TokensToRead(accepted.token_ids)
+        self._has_drafter = runner.parts.drafter.num_lookahead_tokens > 0
+        if not self._has_drafter:
+            runner.book(inputs)
+
+    def result(self) -> ModelRunnerOutput:
+        """Wait for the step's tokens; to be called once, in the order of the steps."""
+        clock = self._clock
+        clock.resume()
+        tokens = [] if self._tokens is None else self._tokens.read()
+        if self._has_drafts:
+            tokens = [[t for t in row if t >= 0] for row in tokens]
+        clock.lap("wait")
+        plan, steady = self._plan, self._steady
         count = len(plan.request_ids)
+        if self._has_drafter:
+            with torch.inference_mode():
+                drafts = self._runner.draft(plan, self._inputs, tokens, self._hidden)
+        else:
+            drafts = [[] for _ in tokens] if steady is None else steady.no_drafts
+        clock.lap("draft")
         by_request, drafts_by_request = tokens, drafts
-        if len(inputs.sampling) != count:
+        if len(self._sampling) != count:
             by_request, drafts_by_request = [[] for _ in range(count)], [[] for _ in range(count)]
-            for k, i in enumerate(inputs.sampling):
+            for k, i in enumerate(self._sampling):
                 by_request[i], drafts_by_request[i] = tokens[k], drafts[k]
-        steady = self._steady
         logprobs: list[list[TokenLogprobs] | None] = (
             [None] * count if steady is None else steady.no_logprobs
         )
-        if accepted is not None and accepted.logprobs is not None:
+        if self._logprobs is not None:
             logprobs = [None] * count
-            for k, i in enumerate(inputs.sampling):
-                first = inputs.first_row[k]
-                entries = accepted.logprobs[first : first + len(tokens[k])]
+            for k, i in enumerate(self._sampling):
+                first = self._first_row[k]
+                entries = self._logprobs[first : first + len(tokens[k])]
                 logprobs[i] = [e for e in entries if e is not None] or None
         clock.lap("collect")
         return ModelRunnerOutput(
             token_ids=by_request,
             draft_token_ids=drafts_by_request,
             logprobs=logprobs,
-            num_context_tokens=sum(inputs.batch.seq_lens_host) - inputs.batch.num_tokens,
-            graph_mode=mode,
+            num_context_tokens=self._num_context_tokens,
+            num_padded_tokens=0 if self._size is None else self._size - count,
+            graph_mode="eager" if self._size is None else "graph",
             timings_us=clock.laps,
         )
 
 
-class _PartClock:
+class TokensToRead:
+    """Token ids ``[B, K]`` on their way to the host."""
+
+    def __init__(self, token_ids: torch.Tensor) -> None:
+        self._host = token_ids
+        self._event: torch.cuda.Event | None = None
+        if token_ids.is_cuda:
+            self._host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self._host.copy_(token_ids, non_blocking=True)
+            self._event = torch.cuda.current_stream(token_ids.device).record_event()
+
+    def read(self) -> list[list[int]]:
+        """Wait for them, and for nothing queued after them."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens: list[list[int]] = self._host.tolist()
+        return tokens
+
+
+class PartClock:
     """Microseconds by part of a step."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Leave out what has passed since the last lap."""
+        self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
         """Book the time since the last lap."""

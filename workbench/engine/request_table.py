@@ -15,10 +15,11 @@ import torch
 
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import NewRequest
+from workbench.engine.upload import upload, upload_into
 
 
 class RequestTable:
-    """Rows ``0 .. max_num_seqs - 1``, and one more that padding may write to.
+    """Rows ``0 .. max_num_seqs - 1``, and one more for padding, ``padding_row``.
 
     Parameters
     ----------
@@ -52,6 +53,7 @@ class RequestTable:
         rows, width = max_num_seqs + 1, max_model_len + num_lookahead_tokens + 1
         self.device = device
         self.trash_column = width - 1
+        self.padding_row = rows - 1
         self.token_ids = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.num_computed_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(rows, num_block_columns, dtype=torch.int32, device=device)
@@ -96,9 +98,9 @@ class RequestTable:
         self.row_of[new.request_id] = row
         count = len(new.token_ids)
         self._write_tokens(row, 0, np.asarray(new.token_ids, np.int32))
-        self.num_computed_tokens[row] = new.num_computed_tokens
+        self.num_computed_tokens[row].fill_(new.num_computed_tokens)
         self.num_computed_host[row] = new.num_computed_tokens
-        self.seeds[row] = new.seed
+        self.seeds[row].fill_(new.seed)
         self.params[row] = new.sampling
         self.num_prompt_tokens[row] = new.num_prompt_tokens
         self.num_tokens[row] = count
@@ -134,7 +136,7 @@ class RequestTable:
             self.num_blocks[row] = column
         if where and not self._shares_memory:
             what = [block for blocks in block_ids for block in blocks]
-            packed = torch.tensor([where, what]).to(self.device, non_blocking=True)
+            packed = upload([where, what], self.device)
             self.block_table.view(-1)[packed[0]] = packed[1].to(torch.int32)
 
     def write_drafts(self, row: int, drafts: list[int]) -> None:
@@ -142,16 +144,18 @@ class RequestTable:
         if drafts:
             self._write_tokens(row, self.num_tokens[row], np.asarray(drafts, np.int32))
 
-    def note_tokens(self, rows: np.ndarray, token_ids: list[list[int]], uniform: bool) -> None:
-        """Bring the host's books up with new tokens that the device wrote itself.
-
-        ``uniform`` says that every row got one token.
-        """
+    def note_tokens(self, rows: np.ndarray, token_ids: list[list[int]]) -> None:
+        """Bring the host's books up with new tokens that the device wrote itself."""
         if self._has_mirror:
             for row, new in zip(rows, token_ids, strict=True):
                 first = self.num_tokens[row]
                 self.host_token_ids[row, first : first + len(new)] = new
-        self.num_tokens[rows] += 1 if uniform else [len(new) for new in token_ids]
+        self.num_tokens[rows] += np.array([len(new) for new in token_ids], np.int64)
+        self.num_computed_host[rows] = self.num_tokens[rows] - 1
+
+    def count_tokens(self, rows: np.ndarray) -> None:
+        """Count one new token of each row, which nobody on the host has to know."""
+        self.num_tokens[rows] += 1
         self.num_computed_host[rows] = self.num_tokens[rows] - 1
 
     def known_tokens(self, row: int) -> np.ndarray:
@@ -165,6 +169,4 @@ class RequestTable:
         if self._shares_memory or self._has_mirror:
             self.host_token_ids[row, first : first + len(tokens)] = tokens
         if not self._shares_memory:
-            self.token_ids[row, first : first + len(tokens)] = torch.from_numpy(tokens).to(
-                self.device
-            )
+            upload_into(self.token_ids[row, first : first + len(tokens)], tokens)

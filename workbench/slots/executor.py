@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 from workbench.core.step import ModelRunnerOutput, SchedulerOutput
 from workbench.slots.component import Component
+
+
+class Running(Protocol):
+    """A step that was queued."""
+
+    def result(self) -> ModelRunnerOutput:
+        """Wait for it. To be called once, in the order in which steps were queued."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that has run already."""
+
+    output: ModelRunnerOutput
+
+    def result(self) -> ModelRunnerOutput:
+        """What came of it."""
+        return self.output
 
 
 class Runner(Protocol):
@@ -16,6 +36,10 @@ class Runner(Protocol):
         """Run one step."""
         ...
 
+    def submit(self, plan: SchedulerOutput) -> Running:
+        """Queue one step, without waiting for its tokens."""
+        ...
+
 
 class Executor(Component):
     """Carries a step's plan to the runner or runners and brings the result back."""
@@ -23,6 +47,10 @@ class Executor(Component):
     @abstractmethod
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step. The plan is plain data and is not mutated."""
+
+    def submit(self, plan: SchedulerOutput) -> Running:
+        """Queue one step behind those queued before. One that cannot queue runs it now."""
+        return Ran(self.execute(plan))
 
 
 class InProcess(Executor):
@@ -34,3 +62,6 @@ class InProcess(Executor):
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         return self.runner.execute(plan)
+
+    def submit(self, plan: SchedulerOutput) -> Running:
+        return self.runner.submit(plan)

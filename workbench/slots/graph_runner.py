@@ -1,66 +1,75 @@
-"""Slot ``graph_runner``: how a forward pass is launched."""
+"""Slot ``graph_runner``: how a step of single tokens is launched."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from workbench.core.step import ForwardBatch
+from workbench.slots.attention import AttentionBackend
 from workbench.slots.component import Component
+from workbench.slots.platform import Platform
 
 
-@dataclass(frozen=True, slots=True)
-class BatchDescriptor:
-    """Shape under which a forward pass is captured and found again.
+class DecodeStep(Protocol):
+    """A step in which every request runs one token, as work of the device alone.
 
-    ``num_tokens`` and ``num_requests`` are padded sizes; ``mode`` is what runs it.
+    Its inputs come from tables on the device by row, its buffers stay where they are, and its
+    places beyond the running requests hold padding, which writes to the trash block.
     """
 
-    num_tokens: int
-    num_requests: int
-    uniform_query_len: int | None
-    mode: str
+    @property
+    def max_size(self) -> int:
+        """Most requests of a step."""
+        ...
+
+    def run(self, size: int) -> None:
+        """Queue the step for the first ``size`` places: inputs, model, sampling, write-back.
+        Never waits for the device, and does the same work whatever the places hold."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Counts of the components that it drives, as ``slot.counter``."""
+        ...
 
 
 class GraphRunner(Component):
-    """Runs ``forward(batch) -> hidden[T, H]``, padding to a captured shape where it has one.
+    """Prepares steps of single tokens ahead of the first request, padded to a few sizes."""
 
-    Padding points at the trash block, so that padded rows change nothing.
-    """
-
-    @abstractmethod
-    def dispatch(self, batch: ForwardBatch) -> BatchDescriptor:
-        """Choose the shape that a batch runs under."""
+    def unsupported_reasons(self, platform: Platform, attention: AttentionBackend) -> list[str]:
+        """Why it cannot prepare steps here; empty when it can."""
+        return []
 
     @abstractmethod
-    def capture(self, descriptors: list[BatchDescriptor]) -> None:
-        """Prepare shapes ahead of the first request."""
+    def capture(self, step: DecodeStep) -> None:
+        """Prepare the step in all sizes. Called once, before the first request."""
 
     @abstractmethod
-    def run(
-        self,
-        descriptor: BatchDescriptor,
-        batch: ForwardBatch,
-        forward: Callable[[ForwardBatch], torch.Tensor],
-    ) -> torch.Tensor:
-        """Run under the descriptor; hidden states of the batch's own tokens, ``[T, H]``."""
+    def dispatch(self, num_requests: int) -> int | None:
+        """Size, padding included, under which so many requests run; None where none is prepared,
+        so that the ops are launched one by one."""
+
+    @abstractmethod
+    def run(self, size: int) -> None:
+        """Queue the step that was prepared in this size."""
+
+    def replayed_counters(self) -> dict[str, float]:
+        """What components would have counted in steps that ran without them, as
+        ``slot.counter``."""
+        return {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that prepared steps hold."""
+        return 0
 
 
 class EagerRunner(GraphRunner):
-    """Calls the model as it is: the null object."""
+    """Prepares nothing: the null object."""
 
-    def dispatch(self, batch: ForwardBatch) -> BatchDescriptor:
-        return BatchDescriptor(batch.num_tokens, batch.num_requests, None, "eager")
+    def capture(self, step: DecodeStep) -> None: ...
 
-    def capture(self, descriptors: list[BatchDescriptor]) -> None: ...
+    def dispatch(self, num_requests: int) -> int | None:
+        return None
 
-    def run(
-        self,
-        descriptor: BatchDescriptor,
-        batch: ForwardBatch,
-        forward: Callable[[ForwardBatch], torch.Tensor],
-    ) -> torch.Tensor:
-        return forward(batch)
+    def run(self, size: int) -> None:
+        raise AssertionError("nothing is prepared")

@@ -9,24 +9,31 @@ from workbench.core.step import ModelRunnerOutput, SchedulerOutput
 from workbench.slots.component import Component
 from workbench.slots.executor import Executor
 from workbench.slots.scheduler import Scheduler
+from workbench.slots.step_plan import RequestUpdate
 
 
 @dataclass(slots=True)
 class FinishedStep:
-    """A plan and what came of it."""
+    """A plan and what came of it; what changed, where the scheduler has booked it already."""
 
     plan: SchedulerOutput
     result: ModelRunnerOutput
+    updates: list[RequestUpdate] | None = None
 
 
 class Loop(Component):
     """Drives scheduler and executor. All loops yield the same tokens."""
 
+    #: Whether it plans a step before the tokens of the one before it are known, so that nothing
+    #: that depends on them, such as drafts, can be part of the plan.
+    plans_ahead: bool = False
+
     @abstractmethod
     def step(self, scheduler: Scheduler, executor: Executor) -> FinishedStep | None:
         """Finish one step and return it, or None where nothing could be scheduled.
 
-        The caller passes the result to ``Scheduler.update_from_output`` before the next call.
+        Where ``updates`` is None, the caller passes the result to ``Scheduler.update_from_output``
+        before the next call.
         """
 
 

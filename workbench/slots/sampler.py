@@ -60,6 +60,10 @@ class Sampler(Component):
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Draw one token a row of ``logits[L, V]`` (the model's dtype; may be overwritten)."""
 
+    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """Why it cannot draw from logits of ``dtype`` on ``device``; empty when it can."""
+        return []
+
 
 class TorchSampler(Sampler):
     """Plain torch operations, on every device: the null object.
@@ -74,7 +78,7 @@ class TorchSampler(Sampler):
         logits = logits.float()
         raw = logits.clone() if metadata.any_logprobs else logits
         if metadata.any_penalties:
-            _apply_penalties(logits, metadata)
+            apply_penalties(logits, metadata)
         token_ids = kernels.argmax(logits)
         if not metadata.all_greedy:
             rows = [i for i, p in enumerate(metadata.params) if not p.is_greedy]
@@ -82,7 +86,7 @@ class TorchSampler(Sampler):
             probs = _truncated_probs(logits[index], [metadata.params[i] for i in rows])
             uniform = uniform_from_seed(metadata.seeds[index], metadata.positions[index])
             token_ids[index] = invert_cdf(probs, uniform)
-        logprobs = _logprobs(raw, token_ids, metadata.params) if metadata.any_logprobs else None
+        logprobs = find_logprobs(raw, token_ids, metadata.params) if metadata.any_logprobs else None
         return SamplerOutput(token_ids, logprobs)
 
 
@@ -138,7 +142,7 @@ def _truncated_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torc
     return probs
 
 
-def _apply_penalties(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
+def apply_penalties(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
     """Penalise in place, row by row: repetition over prompt and output, the others over output."""
     for row, params in enumerate(metadata.params):
         if not params.has_penalties:
@@ -156,9 +160,13 @@ def _apply_penalties(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
             line[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(line.dtype)
 
 
-def _logprobs(
+def find_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, params: list[SamplingParams]
 ) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the drawn ids and the likeliest ones, for the rows that want them.
+
+    Of the raw distribution, before penalties and temperature. Waits for the device.
+    """
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     result: list[TokenLogprobs | None] = [None] * len(params)
     index = torch.tensor(wanted, device=logits.device)

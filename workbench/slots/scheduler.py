@@ -16,7 +16,14 @@ from workbench.slots.kv_space import KVSpace
 from workbench.slots.policy import Policy, WaitingQueue
 from workbench.slots.prefill import Prefill
 from workbench.slots.prefix_cache import PrefixCache
-from workbench.slots.step_plan import RequestUpdate, Running, StepPlan, append_tokens
+from workbench.slots.step_plan import (
+    UNKNOWN_TOKEN,
+    AssumedStep,
+    RequestUpdate,
+    Running,
+    StepPlan,
+    append_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,7 @@ class Scheduler(Component):
         self.space = KVSpace(parts.kv_cache, parts.prefix_cache, parts.offload)
         self.waiting = WaitingQueue(parts.policy, parts.prefix_cache.match_length)
         self.requests: dict[str, Request] = {}
+        self._unresolved: dict[str, Request] = {}  # pre-empted before their last token was known
         self.finished_since_plan: list[str] = []
         self._running = Running(parts.kv_cache.block_size)
         self._step = 0
@@ -134,7 +142,8 @@ class Scheduler(Component):
             self.space.release(request)
             self._counts["leaves_while_others_run"] += bool(self.running)
         else:
-            self.waiting.remove(request_id)
+            if self._unresolved.pop(request_id, None) is None:
+                self.waiting.remove(request_id)
             self._head_is_stuck = False
         request.status = RequestStatus.FINISHED
         self.space.forget(request)
@@ -151,7 +160,10 @@ class Scheduler(Component):
         swapped = self.space.preempt(request, to_host)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        self.waiting.push(request)
+        if request.output_token_ids and request.output_token_ids[-1] == UNKNOWN_TOKEN:
+            self._unresolved[request.request_id] = request
+        else:
+            self.waiting.push(request)
         return swapped
 
     def plan_failed(self, plan: SchedulerOutput) -> None:
@@ -368,6 +380,44 @@ class Scheduler(Component):
             updates = updates + self._update_others(plan, result, num_decodes)
         return updates
 
+    def assume(self, plan: SchedulerOutput) -> AssumedStep:
+        """Book a step that is queued and whose tokens nobody knows yet, to plan the next one.
+
+        Takes the place of :meth:`update_from_output`, for plans without drafts: each token stands
+        in its request as :data:`UNKNOWN_TOKEN` until :meth:`resolve`, which comes before the next
+        :meth:`assume`. A request that reaches its length ends here; one that ends by its token ends
+        when that is known.
+        """
+        assert not any(plan.num_draft_tokens), "drafts cannot be assumed"
+        count = len(plan.request_ids)
+        tokens = [[UNKNOWN_TOKEN] if samples else [] for samples in plan.samples]
+        place = {request_id: i for i, request_id in enumerate(plan.request_ids)}
+        empty: list[list[int]] = [[]] * count
+        result = ModelRunnerOutput(tokens, empty, [None] * count)
+        updates = self.update_from_output(plan, result)
+        return AssumedStep([(place[u.request.request_id], u.request) for u in updates])
+
+    def resolve(self, assumed: AssumedStep, result: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Put the tokens of an assumed step where they belong; what changed, as of
+        :meth:`update_from_output`."""
+        updates = []
+        for index, request in assumed.sampled:
+            tokens = request.output_token_ids
+            if request.finish_reason is FinishReason.ABORT:
+                continue
+            assert tokens[-1] == UNKNOWN_TOKEN, "a token is known before its step"
+            (tokens[-1],) = new = result.token_ids[index]
+            if self._unresolved.pop(request.request_id, None) is not None:
+                self.waiting.push(request)
+                self._head_is_stuck = False
+            if tokens[-1] in request.stop_ids:
+                if request.is_finished:
+                    request.finish_reason = FinishReason.STOP
+                else:
+                    self.finish(request.request_id, FinishReason.STOP)
+            updates.append(RequestUpdate(request, new, result.logprobs[index]))
+        return updates
+
     def _update_decodes(self, result: ModelRunnerOutput) -> list[RequestUpdate]:
         """Book one token a request; the updates are the same objects while a request decodes."""
         planned = self._planned_decodes
@@ -417,7 +467,8 @@ class Scheduler(Component):
     def check_integrity(self) -> None:
         """Raise AssertionError where the scheduler's books contradict each other."""
         assert len(self.running) <= self.parts.max_num_seqs, "more requests run than rows exist"
-        assert len(self.running) + len(self.waiting) == len(self.requests), "a request is lost"
+        num_waiting = len(self.waiting) + len(self._unresolved)
+        assert len(self.running) + num_waiting == len(self.requests), "a request is lost"
         self._running.check_integrity()
         for request_id, request in self.requests.items():
             assert request_id in self.running or not request.num_computed_tokens, "waits with KV"

@@ -18,6 +18,23 @@ class RequestUpdate:
     logprobs: list[TokenLogprobs] | None
 
 
+#: Stands for a token whose step is still running.
+UNKNOWN_TOKEN = -1
+
+
+@dataclass(slots=True)
+class AssumedStep:
+    """A step that was booked before its tokens were known.
+
+    Attributes
+    ----------
+    sampled
+        Requests that get a token, each with its place in the plan.
+    """
+
+    sampled: list[tuple[int, Request]]
+
+
 @dataclass(slots=True)
 class StepPlan:
     """A step under construction: what runs in it beside the requests of :class:`Decodes`."""

@@ -1,0 +1,74 @@
+"""Plans and queues a step before the tokens of the one before it are read."""
+
+from __future__ import annotations
+
+from workbench.core.step import SchedulerOutput
+from workbench.slots.executor import Executor, Running
+from workbench.slots.loop import FinishedStep, Loop
+from workbench.slots.scheduler import Scheduler
+
+
+class OverlappedLoop(Loop):
+    """Keeps one step running on the device while the host works on the next one and the last one.
+
+    While step N runs, the host books it as if its tokens were known, plans step N + 1 and queues
+    it; only then it waits for the tokens of step N. A request that such a token ends has run in
+    step N + 1 for nothing: what that step has of it is dropped.
+    """
+
+    plans_ahead = True
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self._running: tuple[SchedulerOutput, Running] | None = None
+        self._error: BaseException | None = None
+        self.reset_counters()
+
+    def step(self, scheduler: Scheduler, executor: Executor) -> FinishedStep | None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._running is None:
+            plan = scheduler.schedule()
+            if plan is None:
+                return None
+            try:
+                self._running = plan, executor.submit(plan)
+            except BaseException:
+                scheduler.plan_failed(plan)
+                raise
+        plan, running = self._running
+        self._running = None
+        assumed = scheduler.assume(plan)
+        self._queue_next(scheduler, executor)
+        result = running.result()
+        done = FinishedStep(plan, result, scheduler.resolve(assumed, result))
+        if not scheduler.has_unfinished():
+            self._drop_rest(scheduler)
+        return done
+
+    def _queue_next(self, scheduler: Scheduler, executor: Executor) -> None:
+        following = scheduler.schedule()
+        if following is None:
+            return
+        try:
+            self._running = following, executor.submit(following)
+            self._counts["steps_ahead"] += 1
+        except BaseException as error:  # the step before it is fine: it comes first
+            scheduler.plan_failed(following)
+            self._error = error
+
+    def _drop_rest(self, scheduler: Scheduler) -> None:
+        """Nobody is left to take what still runs."""
+        if self._running is not None:
+            plan, running = self._running
+            self._running = None
+            running.result()
+            assert not scheduler.assume(plan).sampled, "somebody is left"
+            self._counts["steps_for_nothing"] += 1
+
+    def counters(self) -> dict[str, float]:
+        return dict(self._counts)
+
+    def reset_counters(self) -> None:
+        self._counts = {"steps_ahead": 0, "steps_for_nothing": 0}

@@ -1,0 +1,67 @@
+"""Prepared steps of single tokens without CUDA graphs: padded as those are, run by a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import kernels
+from workbench.core.step import ForwardBatch
+from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
+from workbench.slots.graph_runner import DecodeStep, GraphRunner
+from workbench.slots.kv_pool import KVPool
+
+#: Overrides that make an engine run prepared steps on any device.
+PREPARED = (
+    "engine.graph_runner._target_=tests.helpers.prepared.CallingRunner",
+    "engine.attention._target_=tests.helpers.prepared.DeviceAttention",
+)
+
+
+class CallingRunner(GraphRunner):
+    """Runs the step where a graph would be replayed, in sizes of three and its multiples."""
+
+    def capture(self, step: DecodeStep) -> None:
+        self._step = step
+        self.sizes: list[int] = []
+        step.run(step.max_size)  # as a capture does, on padding alone
+
+    def dispatch(self, num_requests: int) -> int | None:
+        return min(-(-num_requests // 3) * 3, self._step.max_size)
+
+    def run(self, size: int) -> None:
+        self.sizes.append(size)
+        self._step.run(size)
+
+    def counters(self) -> dict[str, float]:
+        return {"replays": len(self.sizes)}
+
+    def reset_counters(self) -> None:
+        self.sizes = []
+
+
+class DeviceAttention(AttentionBackend):
+    """Knows lengths from the device alone, as a kernel in a captured graph does."""
+
+    cudagraph_support = CudaGraphSupport.ALWAYS
+
+    def build_metadata(self, batch: ForwardBatch) -> ForwardBatch:
+        return batch
+
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: Any, pool: KVPool
+    ) -> torch.Tensor:
+        return kernels.paged_attend(
+            q,
+            *pool.layer(layer.index),
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            layer.scale,
+            sliding_window=layer.sliding_window,
+            soft_cap=layer.soft_cap,
+        )
+
+    def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
+        return []
