@@ -432,7 +432,9 @@ def _build_runner(
         graph_runner.unsupported_reasons(platform, attention),
         f"graph runner {type(graph_runner).__name__}",
     )
-    driven = {slot: builder.built[slot] for slot in ("linear", "attention", "sampler", "kv_pool")}
+    driven = {
+        slot: builder.built[slot] for slot in ("linear", "ops", "attention", "sampler", "kv_pool")
+    }
     step = DecodeStep(decoder, table, pool, attention, sampler, driven)
     with torch.inference_mode():
         graph_runner.capture(step)
