@@ -68,7 +68,7 @@ def argmax(logits: Tensor) -> Tensor:
 @triton.jit
 def order_key(value):
     """fp32 as int32 of the same order; all NaN alike and above everything, -0 equal to 0."""
-    value = tl.where(value == 0.0, tl.zeros_like(value), value)
+    value = tl.where(value == 0.0, 0.0, value)
     bits = value.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & _LAST)
     return tl.where(value == value, key, 0x7FFFFFFF)
