@@ -61,6 +61,7 @@ LENGTHS = [NEW_TOKENS - 2 * (i % 5) for i in range(len(PROMPTS))]
 
 #: What a machine without a GPU may leave out; tests/gpu runs these.
 NEEDS_A_GPU = {
+    "cuda_graphs",
     "flash_attention_cute",
     "flashinfer_attention",
     "fused_kernels",

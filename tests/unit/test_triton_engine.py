@@ -1,0 +1,29 @@
+"""An engine on Triton's attention, its kernels interpreted: tests/gpu has it on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.triton import is_interpreted
+from tests.helpers.engines import mixed_prompts, tiny_engine
+from tests.helpers.interpreted import run_in_interpreter, starts_interpreter
+from tests.helpers.tiny_models import hf_greedy, tiny_model
+from workbench.core.sampling import SamplingParams
+
+
+@starts_interpreter
+def test_in_the_interpreter() -> None:
+    run_in_interpreter(__file__)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="runs where Triton interprets its kernels")
+def test_tokens_are_those_of_transformers() -> None:
+    prompts = [*mixed_prompts(3, longest=12), list(range(4, 34))]  # and one no draft is as long as
+    overrides = ["engine/attention=triton", "engine/kv_cache=paged", "engine.kv_cache.block_size=4"]
+    engine = tiny_engine(*overrides, max_num_seqs=2, max_model_len=48)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.token_ids == hf_greedy(tiny_model("llama"), prompt, 4)
+    counters = engine.counters()
+    assert counters["attention.decode_calls"] > 0
+    assert counters["attention.prefill_calls"] > 0
