@@ -156,8 +156,15 @@ def test_requests_that_can_never_be_held_are_refused(
     built.check_integrity()
 
 
-def test_pool_smaller_than_one_request_is_told() -> None:
-    built = make_scheduler(Choice(pool_tokens=16))
+def test_a_chunk_under_one_token_a_row_is_refused() -> None:
+    settings = {"prefill": {"chunk_tokens": 3}}
+    with pytest.raises(ConfigError, match=r"budget of 3 .*max_num_seqs=4.*chunk_tokens"):
+        make_scheduler(Choice(prefill="chunked", max_num_seqs=4, settings=settings))
+
+
+@pytest.mark.parametrize("admission", options_of("engine/admission"))
+def test_pool_smaller_than_one_request_is_told(admission: str) -> None:
+    built = make_scheduler(Choice(pool_tokens=16, admission=admission))
     with pytest.raises(RequestError, match="pool of 16 tokens"):
         built.add(make_request("big", prompt_len=10, max_tokens=10))
     built.add(make_request("small", prompt_len=10, max_tokens=6))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.busy_scheduler import BLOCK_SIZE, BusyScheduler
+from tests.helpers.busy_scheduler import BLOCK_SIZE, NUM_RUNNING, BusyScheduler
 from tests.helpers.engines import component
 from tests.helpers.fake_runner import Choice, FakeRunner, make_request, make_scheduler
 from workbench.configuration import options_of
@@ -83,6 +83,17 @@ def test_a_start_costs_the_same_however_many_run_and_wait(policy: str, cache: st
     # Three times as many run: as many more blocks are taken; and a heap is log2(15) deeper.
     blocks_a_step = (96 - 32) / BLOCK_SIZE
     assert costs[1] < costs[0] + 25 * blocks_a_step + 60
+
+
+def test_a_step_at_the_size_of_a_busy_server_keeps_to_a_bound() -> None:
+    """256 run and 10,000 wait: calls of a steady step, of one that takes a block for each, and of
+    one in which one ends and one joins."""
+    busy = BusyScheduler.build("fcfs", "radix")
+    steady = sorted(calls_of_steps(busy, 2 * BLOCK_SIZE))
+    assert steady[0] < 40 + 25 * NUM_RUNNING / BLOCK_SIZE
+    assert sum(steady) < 2 * BLOCK_SIZE * 40 + 2 * 25 * NUM_RUNNING
+    joins = sorted(calls_of_steps(busy, 30, end_one=True))
+    assert joins[15] < 40 + 25 * NUM_RUNNING / BLOCK_SIZE + 500
 
 
 @pytest.mark.parametrize("policy", POLICIES)

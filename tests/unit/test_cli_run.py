@@ -287,12 +287,13 @@ def test_report_draws_recorded_runs_again(
 
 
 @contextlib.contextmanager
-def process(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+def process(arguments: list[str], cache_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """The command as a process with a live progress line; gone at the end whatever happens."""
+    env = {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1", "XDG_CACHE_HOME": str(cache_dir)}
     started = subprocess.Popen(
         [sys.executable, "-m", "workbench", *arguments],
         cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"},
+        env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -304,8 +305,10 @@ def process(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
         started.communicate()
 
 
-def test_process_exits_with_the_status_and_keeps_stdout_clean(tmp_path: Path) -> None:
-    with process([*job(tmp_path, "output=json"), "+technique=nope"]) as run:
+def test_process_exits_with_the_status_and_keeps_stdout_clean(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    with process([*job(tmp_path, "output=json"), "+technique=nope"], cache_dir) as run:
         out, err = run.communicate(timeout=300)
     assert run.returncode == 2
     assert json.loads(out)["exit_status"] == 2
@@ -313,12 +316,12 @@ def test_process_exits_with_the_status_and_keeps_stdout_clean(tmp_path: Path) ->
     assert "Traceback" not in err
 
 
-def test_ctrl_c_leaves_readable_records(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_readable_records(tmp_path: Path, cache_dir: Path) -> None:
     """Interrupted while measuring: what was measured stands in whole lines, the rest says so."""
     assert main(job(tmp_path, "bench.rounds=1")) == 0
     before = records(tmp_path)
     arguments = job(tmp_path, "+technique=paged_attention", "bench.rounds=100000", "output=json")
-    with process(arguments) as run:
+    with process(arguments, cache_dir) as run:
         assert run.stderr is not None
         seen = ""
         while "round 3/100000" not in seen:

@@ -24,6 +24,7 @@ from workbench.core.workload import WorkloadRequest
 from workbench.engine.backend import EngineBackend
 
 PROMPTS = mixed_prompts(7, seed=5)
+CACHES = [name for name, marker in load_markers().items() if "prefix_cache" in marker.slots]
 
 
 @pytest.fixture(params=["core", "all techniques"])
@@ -124,18 +125,22 @@ def test_ledger_is_within_its_pool(backend: EngineBackend) -> None:
     assert info.dtype == "float32"
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("keeps_cache", [False, True])
-def test_a_run_starts_with_a_cold_cache_unless_told_to_keep_it(keeps_cache: bool) -> None:
-    cached = tiny_engine("engine.kv_cache.block_size=4", techniques=_with_a_cache())
+def test_a_run_starts_with_a_cold_cache_unless_told_to_keep_it(
+    keeps_cache: bool, cache: str, chunked: bool
+) -> None:
+    overrides = ["engine.kv_cache.block_size=4"]
+    overrides += ["engine.prefill.chunk_tokens=6"] if chunked else []
+    names = with_requirements([cache, *(["chunked_prefill"] if chunked else [])])
+    cached = tiny_engine(*overrides, techniques=names)
     backend = EngineBackend("cached", cached, cached.parts.info, keeps_cache=keeps_cache)
     prompt = tuple(range(10, 31))
     for run in range(2):
-        backend.run(Offline([WorkloadRequest("r", prompt, 3)]), lambda event: None)
+        events = serve(backend, Offline([WorkloadRequest("r", prompt, 9)]))
         hit = backend.counters()["step.num_cached_tokens"]
         assert hit == (20 if run and keeps_cache else 0)
+        tokens = [token for event in events for token in event.token_ids]
+        assert tokens == hf_greedy(tiny_model("llama"), prompt, 9)
         cached.check_integrity()
-
-
-def _with_a_cache() -> list[str]:
-    name = next(n for n, m in load_markers().items() if "prefix_cache" in m.slots)
-    return with_requirements([name])

@@ -52,7 +52,7 @@ class Pool:
 
     def __init__(self, option: str) -> None:
         self.cache = make_cache(option, SIZE)
-        self.num_left = 50_000  # handed out from the last on, so that lists grow once
+        self.num_left = 100_000  # handed out from the last on, so that lists grow once
 
     def serve(self, request: Request) -> None:
         """Match, lock, allocate, publish and unlock; the prompt was prepared when it arrived."""
@@ -93,6 +93,16 @@ def cost(option: str, num_tokens: int, num_hit: int, num_prompts: int) -> int:
 @pytest.mark.parametrize("option", CACHES)
 def test_what_else_is_cached_costs_nothing(option: str, num_hit: int) -> None:
     assert cost(option, 2000, num_hit, 20) == cost(option, 2000, num_hit, 1000)
+
+
+def test_a_tree_of_ten_thousand_nodes_costs_a_prompt_no_more() -> None:
+    pool, rng = Pool("radix"), random.Random(0)
+    pool.fill(rng, 9_100)
+    assert sum(1 for _ in pool.cache._nodes()) >= 10_000
+    shared = prompt(rng, 992)
+    pool.serve(pool.prepared(shared))
+    request = pool.prepared(shared + prompt(rng, 2000 - 992))
+    assert lines(lambda: pool.serve(request)) <= 180
 
 
 @pytest.mark.parametrize("hit", [0.0, 0.5, 1.0])
