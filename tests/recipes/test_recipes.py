@@ -56,7 +56,8 @@ def requests() -> list[WorkloadRequest]:
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe_composes_builds_and_runs(recipe: str) -> None:
     key, _, name = recipe.partition("=")
-    reason = why_not_here(name) if key == "+technique" else None
+    names = [name] if key == "+technique" else plan_run([recipe]).treatment.techniques
+    reason = next((found for name in names if (found := why_not_here(name))), None)
     if reason is not None:
         assert "cannot be used" in reason or "not installed" in reason, (
             "no reason a user could act on"

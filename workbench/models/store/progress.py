@@ -23,7 +23,7 @@ POLL_SECONDS = 0.2
 
 
 class FetchProgress(Protocol):
-    """Listener of one fetch. Phases do not overlap; `advance` may come from another thread."""
+    """Listener of one fetch. Phases follow one another; `advance` may come from another thread."""
 
     def start(self, phase: str, total_bytes: int | None) -> None:
         """A phase begins; `total_bytes` is None where the size is not known."""
