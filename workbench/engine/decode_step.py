@@ -56,6 +56,7 @@ class DecodeStep:
         self.rows = torch.full((size,), table.padding_row, dtype=torch.int64, device=device)
         self.new_ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.logits: dict[int, torch.Tensor] = {}
+        self._owned: dict[int, torch.Tensor] = {}
         long: dict[str, Any] = {"dtype": torch.int64, "device": device}
         short: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._whole = ForwardBatch(
@@ -105,6 +106,7 @@ class DecodeStep:
 
     def run(self, size: int) -> None:
         """Queue the step for the first ``size`` places."""
+        self._lend()
         table, batch = self._table, self.batch(size)
         gather_decode_inputs(
             batch.rows,
@@ -126,7 +128,15 @@ class DecodeStep:
         greedy = SamplingMetadata(params=[], positions=nothing, seeds=nothing)
         drawn = self._sampler.sample(logits, greedy).token_ids
         self.new_ids[:size].copy_(drawn)
-        self.logits[size] = borrowed(logits)
+        self._owned[size] = self.logits[size] = logits
         store_decoded(
             batch.rows, batch.positions, drawn, table.token_ids, table.num_computed_tokens
         )
+
+    def _lend(self) -> None:
+        """Let logits of earlier runs be overwritten: captured steps of all sizes share memory."""
+        if self.rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        for size, logits in self._owned.items():
+            self.logits[size] = borrowed(logits)
+        self._owned.clear()
