@@ -1,0 +1,186 @@
+"""The captured step and the overlapped loop on a CUDA device.
+
+python -m pytest tests/gpu/test_fast_path_cuda.py     # checks
+PYTHONPATH=. python tests/gpu/test_fast_path_cuda.py  # the same, where there is no pytest
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from tests.helpers.tiny_models import tiny_model
+from workbench.assemble import Limits, build_engine
+from workbench.configuration import compose_config, engine_config
+from workbench.core.sampling import SamplingParams
+from workbench.engine.engine import Engine
+
+FAST = ("preset=gpu",)
+PLAIN = (
+    "engine/platform=cuda",
+    "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention]",
+)
+GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+def engine_of(*overrides: str, dtype: str = "float32", **limits: int) -> Engine:
+    composed = compose_config([f"model={tiny_model('llama')}", f"dtype={dtype}", *overrides])
+    sizes = {"max_num_seqs": 12, "max_model_len": 128, "kv_pool_tokens": 2048, **limits}
+    return build_engine(engine_config(composed, Limits(**sizes), download=False))
+
+
+def prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    vocab = engine.parts.vocab_size
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, 60))] for _ in range(count)]
+
+
+def check_a_replay_is_the_step_bit_for_bit(dtype: str) -> None:
+    """From the same tables, launched op by op and replayed: ids, logits, KV and tables agree."""
+    engine = engine_of(*FAST, "engine/loop=sync", dtype=dtype)
+    for index, prompt in enumerate(prompts_of(engine, 6)):
+        engine.add_request(prompt, SamplingParams(max_tokens=30, ignore_eos=True), f"r{index}")
+    for _ in range(7):
+        engine.step()
+    runner = engine.parts.executor.runner  # type: ignore[attr-defined]
+    step, table, pool = runner.parts.decode_step, runner.table, runner.parts.pool
+    state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
+    before = [t.clone() for t in state]
+    found = []
+    for is_replay in (False, True):
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(old)
+        with torch.inference_mode():
+            if is_replay:
+                runner.parts.graph_runner.run(8)
+            else:
+                step.run(8)
+        torch.cuda.synchronize()
+        found.append(
+            [step.new_ids[:8].clone(), step.logits[8].clone(), *(t.clone() for t in state)]
+        )
+    # The trash block takes what padding writes, in any order.
+    for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
+        if place >= 4:
+            eager, replayed = eager[: pool.num_blocks], replayed[: pool.num_blocks]
+        assert torch.equal(eager, replayed), f"tensor {place} differs ({dtype})"
+    assert not torch.equal(found[0][3], before[1]), "the step did nothing"
+
+
+def check_tokens_under_traffic() -> None:
+    """Arrivals, stops and aborts at random: the fast engine's tokens are the plain one's, fp32."""
+    plain = engine_of(*PLAIN)
+    prompts = prompts_of(plain, 30, seed=3)
+    alone = [o.token_ids for o in plain.generate(prompts, GREEDY)]
+    fast = engine_of(*FAST)
+    rng = random.Random(5)
+    stops = [rng.choice(tokens) if rng.random() < 0.4 else None for tokens in alone]
+    got: dict[str, list[int]] = {}
+    waiting = list(range(len(prompts)))
+    aborted: set[str] = set()
+    while waiting or fast.has_unfinished():
+        for _ in range(rng.randint(0, 4)):
+            if waiting:
+                i = waiting.pop(0)
+                stop = [] if stops[i] is None else [stops[i]]
+                params = SamplingParams(max_tokens=20, ignore_eos=True, stop_token_ids=stop)
+                fast.add_request(prompts[i], params, f"r{i}")
+        for output in fast.step():
+            got.setdefault(output.request_id, []).extend(output.new_token_ids)
+        if rng.random() < 0.05 and fast.unfinished_ids():
+            victim = rng.choice(fast.unfinished_ids())
+            fast.abort(victim)
+            aborted.add(victim)
+        fast.check_integrity()
+    ties = 0
+    for i, tokens in enumerate(alone):
+        wanted = tokens if stops[i] is None else tokens[: tokens.index(stops[i]) + 1]
+        mine = got.get(f"r{i}", [])
+        if f"r{i}" in aborted:
+            wanted = wanted[: len(mine)]
+        ties += mine != wanted
+    assert ties <= 1, f"{ties} of {len(alone)} requests differ; near-ties of fp32 are rare"
+    counters = fast.counters()
+    assert counters["graph_runner.replays"] > 20 and counters["loop.steps_ahead"] > 20
+    assert counters["attention.decode_calls"] > 0
+
+
+def check_the_steady_path_never_waits() -> None:
+    """No operation that waits for the device: tokens are read through an event alone."""
+    for loop in ("sync", "overlapped"):
+        engine = engine_of(*FAST, f"engine/loop={loop}")
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        for index, prompt in enumerate(prompts_of(engine, 9)):
+            engine.add_request(prompt, params, f"r{index}")
+        for _ in range(5):
+            engine.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                engine.step()
+            # Somebody new joins: prompts run op by op, and still nobody waits.
+            engine.add_request([5, 6, 7], params, "late")
+            for _ in range(20):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while engine.has_unfinished():
+            engine.step()
+
+
+def check_memory_does_not_grow(num_requests: int = 10_000) -> None:
+    """After a first thousand of short requests, ten thousand more reserve no further memory."""
+    engine = engine_of(*FAST)
+    rng = random.Random(1)
+
+    def serve(count: int) -> int:
+        for index in range(count):
+            prompt = [rng.randrange(engine.parts.vocab_size) for _ in range(rng.randint(1, 40))]
+            params = SamplingParams(max_tokens=rng.randint(1, 4), ignore_eos=True)
+            engine.add_request(prompt, params, f"r{index}")
+        while engine.has_unfinished():
+            engine.step()
+        return torch.cuda.memory_reserved()
+
+    serve(1000)
+    before = torch.cuda.memory_reserved()
+    assert serve(num_requests) <= before + (2 << 20), "memory grew by over a segment"
+
+
+CHECKS: dict[str, Any] = {
+    "replay is the step, fp32": lambda: check_a_replay_is_the_step_bit_for_bit("float32"),
+    "replay is the step, bf16": lambda: check_a_replay_is_the_step_bit_for_bit("bfloat16"),
+    "tokens under traffic": check_tokens_under_traffic,
+    "never waits": check_the_steady_path_never_waits,
+    "memory": check_memory_does_not_grow,
+}
+
+
+def test_the_fast_path_on_a_cuda_device() -> None:
+    import pytest
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for check in CHECKS.values():
+        check()
+
+
+if __name__ == "__main__":
+    import time
+    import traceback
+
+    failed = []
+    for name, check in CHECKS.items():
+        began = time.perf_counter()
+        try:
+            check()
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        print(
+            f"{name}: {'FAILED' if name in failed else 'ok'} ({time.perf_counter() - began:.1f} s)",
+            flush=True,
+        )
+    raise SystemExit(bool(failed))
