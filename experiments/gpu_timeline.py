@@ -1,0 +1,150 @@
+"""Where does a step's time go on the GPU?
+
+    python -m experiments.gpu_timeline [model=qwen3-0.6b] [requests=1] [context=512] [trace=FILE.json]
+
+Brings requests to a steady step of single tokens with random weights, records some steps with
+torch's profiler, and prints how long each kernel ran in a step, how often, and how long the GPU
+had nothing to do. ``trace=`` writes the recording for Perfetto or chrome://tracing. Everything else
+on the command line goes to Hydra, over ``preset=gpu``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments import command
+from workbench.assemble import Limits, build_engine
+from workbench.configuration import compose_config, engine_config
+from workbench.core.errors import ConfigError
+from workbench.core.sampling import SamplingParams
+from workbench.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of the experiment.
+
+    Attributes
+    ----------
+    model
+        Name or folder.
+    requests, context
+        Requests in the step, and tokens that each has at its start.
+    steps
+        Steps to record.
+    trace
+        Where to write the recording; empty for nowhere.
+    """
+
+    model: str = "qwen3-0.6b"
+    requests: int = 1
+    context: int = 512
+    steps: int = 20
+    trace: str = ""
+
+
+def record_steps(engine: Engine, options: Options) -> tuple[list[dict[str, Any]], float]:
+    """Events of the GPU in some steady steps, and the median wall time of one, in us, without the
+    profiler."""
+    num_tokens = 3 * options.steps + 20
+    vocab = engine.parts.vocab_size
+    ids = torch.randint(0, vocab, (options.requests, options.context))
+    for index, prompt in enumerate(ids.tolist()):
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        engine.add_request(prompt, params, f"r{index}")
+    while len(engine.steps) < 2 or engine.steps[-1].num_requests < options.requests:
+        engine.step()
+    for _ in range(5):
+        engine.step()
+    walls = []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        engine.step()
+        walls.append((time.perf_counter() - began) * 1e6)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+        for _ in range(options.steps):
+            engine.step()
+        torch.cuda.synchronize()
+    with TemporaryDirectory() as folder:
+        path = Path(options.trace or f"{folder}/trace.json")
+        recording.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [e for e in events if e.get("cat") in kinds], statistics.median(walls)
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its template arguments."""
+    name = re.sub(r"<.*", "", kernel).removeprefix("void ")
+    return name.split("::")[-1][:60] if "::" in name else name[:60]
+
+
+def busy_us(events: Sequence[dict[str, Any]]) -> float:
+    """Time in which at least one of the events ran."""
+    total, end = 0.0, float("-inf")
+    for event in sorted(events, key=lambda e: e["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Record, and print a row a kernel."""
+    options, overrides = command.parse(Options, arguments)
+    if not torch.cuda.is_available():
+        raise ConfigError("this experiment needs a CUDA device.")
+    composed = compose_config(
+        [f"model={options.model}", "weights=random", "preset=gpu", *overrides]
+    )
+    most = options.context + 3 * options.steps + 20
+    pool = options.requests * (most + 64) + 4096
+    limits = Limits(max(options.requests, 8), -(-most // 64) * 64, pool)
+    engine = build_engine(engine_config(composed, limits))
+    events, wall = record_steps(engine, options)
+    span = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        by_name[short_name(event["name"])].append(event["dur"])
+    table = command.new_table(
+        f"{options.model}, {options.requests} x {options.context}: GPU time of a step",
+        "kernel", "a step", "us each", "us a step", "%",
+    )  # fmt: skip
+    total = sum(sum(durations) for durations in by_name.values())
+    for name, durations in sorted(by_name.items(), key=lambda item: -sum(item[1])):
+        table.add_row(
+            name,
+            f"{len(durations) / options.steps:.1f}",
+            f"{statistics.median(durations):.2f}",
+            f"{sum(durations) / options.steps:.1f}",
+            f"{100 * sum(durations) / total:.1f}",
+        )
+    busy = busy_us(events) / options.steps
+    command.show(
+        table,
+        f"wall {wall:.0f} us a step; recorded: {span / options.steps:.0f} us a step, of which the "
+        f"GPU was busy {busy:.0f}; kernels one after another {total / options.steps:.0f}",
+    )
+    parts = defaultdict(list)
+    for step in list(engine.steps)[-2 * options.steps :]:
+        for part, value in step.parts_us.items():
+            parts[part].append(value)
+    medians = {part: round(statistics.median(values), 1) for part, values in parts.items()}
+    command.show(f"host, us a step (medians): {medians}")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
