@@ -20,6 +20,7 @@ from kernels.triton import has_dependent_launch, num_multiprocessors
 
 _BLOCK = 2048  # values a program looks at together
 _MAX_PIECES = 128
+_PROGRAMS = 8  # a multiprocessor: as many as run on it at a time
 _LAST = tl.constexpr(0x7FFFFFFF)
 
 
@@ -32,7 +33,7 @@ def argmax(logits: Tensor) -> Tensor:
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return out
-    wanted = triton.cdiv(4 * num_multiprocessors(logits.device), num_rows)
+    wanted = triton.cdiv(_PROGRAMS * num_multiprocessors(logits.device), num_rows)
     num_blocks = triton.cdiv(vocab, _BLOCK)
     share = triton.cdiv(num_blocks, min(wanted, _MAX_PIECES, num_blocks))
     num_pieces = triton.cdiv(num_blocks, share)  # none without a value
