@@ -1,0 +1,368 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Products of few rows with a weight, in Triton: ``x[T, K] @ weight[N, K].T``.
+
+Such a product reads every weight once and does little with it, so its floor is the memory's
+bandwidth. A weight is cut into blocks of ``BLOCK_N`` rows and ``BLOCK_K`` columns, and all blocks
+are shared out evenly, in order, among the programs that run at a time (stream-K): no wave of
+programs is part empty, whatever the shape. A program's share may end inside of a tile of output;
+the last program to finish a tile adds the sums of all its pieces, in their order along K, so that
+the same launch gives the same bits.
+
+Where a kernel may start before the one ahead of it has ended (compute capability 9.0 on), its
+programs have the first weights fetched into the L2 cache while they wait for ``x``.
+
+Papers: Osama et al., "Stream-K", 2023, arXiv:2301.03598.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.triton import has_dependent_launch, is_interpreted, num_multiprocessors
+
+MAX_ROWS = 32
+_PIECE = tl.constexpr(128)  # columns that one prefetch asks for
+_MERGED = tl.constexpr(4)  # pieces whose sums are read together
+_MIN_COUNTERS = 1 << 14
+_MIN_PARTS = 1 << 21  # fp32 values
+_COUNTERS: dict[torch.device, list[Tensor]] = {}
+_PARTS: dict[torch.device, list[Tensor]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyTiling:
+    """How the kernel is cut.
+
+    Attributes
+    ----------
+    block_n, block_k
+        Rows and columns of the weight in a block.
+    num_warps, num_stages
+        Of a program; ``num_stages`` blocks are on their way at a time.
+    programs
+        Programs a multiprocessor; 0 for one program a tile, whose sums need no merging.
+    prefetched
+        Blocks that a program asks the L2 cache for while it waits for the launch before.
+    is_dot
+        Tensor cores; else multiply and add, for one row alone.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 4
+    programs: int = 2
+    prefetched: int = 4
+    is_dot: bool = True
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def skinny_gemm_kernel(
+    out,
+    x,
+    weight,
+    bias,
+    parts,
+    counters,
+    num_tokens,
+    out_features,
+    in_features,
+    x_stride,
+    weight_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    IS_DOT: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """Grid: (programs). Blocks are counted along K first, then from tile to tile."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(in_features, BLOCK_K)  # of a tile
+    total = tl.cdiv(out_features, BLOCK_N) * blocks
+    share = total // tl.num_programs(0)
+    extra = total % tl.num_programs(0)  # programs with one block more, the first ones
+    block = program * share + tl.minimum(program, extra)
+    last_block = block + share + (program < extra).to(tl.int32)
+    row = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    token = tl.arange(0, BLOCK_T)
+    is_token = token < num_tokens
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        if PREFETCHED > 0:
+            _prefetch(
+                weight, weight_stride, block // blocks * BLOCK_N + row, out_features,
+                block % blocks * BLOCK_K,
+                tl.minimum(block % blocks + last_block - block, blocks) * BLOCK_K,
+                PREFETCHED * BLOCK_K,
+            )  # fmt: skip
+        gdc_wait()  # the launch before wrote x, and may use the same parts and counters
+    while block < last_block:  # one tile's part of the share a turn
+        tile = block // blocks
+        first = block - tile * blocks
+        count = tl.minimum(blocks - first, last_block - block)
+        feature = tile * BLOCK_N + row
+        # Rows beyond the end are read as the last one, and not written.
+        source = tl.minimum(feature, out_features - 1).to(tl.int64) * weight_stride
+        places = (weight + source)[:, None] + column[None, :]
+        x_places = x + token[:, None] * x_stride + column[None, :]
+        if IS_DOT:
+            acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            for k in tl.range(first, first + count, num_stages=STAGES):
+                at = k * BLOCK_K
+                if IS_EVEN:
+                    w = tl.load(places + at)
+                    values = tl.load(x_places + at, mask=is_token[:, None], other=0.0)
+                else:
+                    is_column = (at + column < in_features)[None, :]
+                    w = tl.load(places + at, mask=is_column, other=0.0)
+                    values = tl.load(x_places + at, mask=is_token[:, None] & is_column, other=0.0)
+                if IS_INTERPRETED:  # numpy has no bf16
+                    w = w.to(tl.float32)
+                    values = values.to(tl.float32)
+                acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
+        else:
+            products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            for k in tl.range(first, first + count, num_stages=STAGES):
+                at = k * BLOCK_K
+                if IS_EVEN:
+                    w = tl.load(places + at)
+                    values = tl.load(x + at + column)
+                else:
+                    is_column = at + column < in_features
+                    w = tl.load(places + at, mask=is_column[None, :], other=0.0)
+                    values = tl.load(x + at + column, mask=is_column, other=0.0)
+                products += w.to(tl.float32) * values.to(tl.float32)[None, :]
+            acc = tl.sum(products, 1)[:, None]
+        if count == blocks:
+            _store(out, acc, bias, feature, token, is_token, out_features)
+        else:
+            # A program has two places: for the tile it begins within, and for one it begins.
+            place = program * 2 + (first == 0).to(tl.int32)
+            part = token[None, :] * BLOCK_N + row[:, None]
+            tl.store(parts + place * (BLOCK_T * BLOCK_N) + part, acc, mask=is_token[None, :])
+            # All threads have written before the one that counts says so to other programs.
+            tl.debug_barrier()
+            first_program = _owner(tile * blocks, share, extra)
+            num_pieces = _owner(tile * blocks + blocks - 1, share, extra) - first_program + 1
+            if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
+                tl.store(counters + tile, 0)  # for the next launch
+                merged = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+                for piece in range(0, num_pieces, _MERGED):
+                    for i in tl.static_range(_MERGED):
+                        place = (first_program + piece + i) * 2 + (piece + i == 0)
+                        merged += tl.load(
+                            parts + place * (BLOCK_T * BLOCK_N) + part,
+                            mask=is_token[None, :] & (piece + i < num_pieces),
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
+                _store(out, merged, bias, feature, token, is_token, out_features)
+        block += count
+
+
+@triton.jit
+def _owner(block, share, extra):
+    """Program whose share holds a block; shares are of ``share + 1`` blocks, then of ``share``."""
+    long = extra * (share + 1)
+    return tl.where(
+        block < long, block // (share + 1), extra + (block - long) // tl.maximum(share, 1)
+    )
+
+
+@triton.jit
+def _store(out, acc, bias, feature, token, is_token, out_features):
+    is_feature = feature < out_features
+    if bias is not None:
+        acc += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    places = out + token[None, :] * out_features + feature[:, None]
+    tl.store(places, acc.to(out.dtype.element_ty), mask=is_feature[:, None] & is_token[None, :])
+
+
+@triton.jit
+def _prefetch(weight, weight_stride, feature, out_features, first, stop, COLUMNS: tl.constexpr):
+    """Ask the L2 cache for columns from ``first`` on, ``COLUMNS`` and none from ``stop`` on.
+
+    It is a hint that waits for nothing, and takes nothing from what the L2 cache knows to be new.
+    """
+    column = first + tl.arange(0, COLUMNS // _PIECE) * _PIECE
+    row = tl.minimum(feature, out_features - 1).to(tl.int64) * weight_stride
+    place = (weight + row)[:, None] + tl.minimum(column, stop - _PIECE)[None, :]
+    SIZE: tl.constexpr = _PIECE * weight.dtype.element_ty.primitive_bitwidth // 8
+    tl.inline_asm_elementwise(
+        "mov.u32 $0, 0; cp.async.bulk.prefetch.L2.global [$1], $2;",
+        "=r,l,r",
+        [place.to(tl.int64), tl.full(place.shape, SIZE, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tiling: SkinnyTiling | None = None,
+    is_dependent: bool | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias`` for few rows.
+
+    Parameters
+    ----------
+    x : Tensor [T, K]
+        At most ``MAX_ROWS`` rows; the rows may lie apart.
+    weight : Tensor [N, K]
+        In the dtype of ``x``, its rows contiguous.
+    bias : Tensor [N] or None
+    tiling : SkinnyTiling or None
+        None: :func:`choose_tiling`.
+    is_dependent : bool or None
+        Whether to start before the launch ahead has ended; None: where the card can.
+
+    Returns
+    -------
+    Tensor [T, N]
+        Sums are fp32, rounded once.
+
+    Notes
+    -----
+    Never waits for the device. Launches on one device share scratch memory, so they must follow
+    one another on one stream.
+    """
+    num_tokens, in_features = x.shape
+    out_features = weight.shape[0]
+    if num_tokens > MAX_ROWS:
+        raise ValueError(f"{num_tokens} rows: this kernel takes up to {MAX_ROWS}")
+    assert weight.shape[1] == in_features and weight.dtype == x.dtype
+    assert weight.stride(1) == 1 or in_features == 1
+    if in_features and x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if in_features == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    if tiling is None:
+        tiling = choose_tiling(out_features, in_features, num_tokens, x.dtype)
+    if not tiling.is_dot and num_tokens > 1:
+        raise ValueError("a tiling without tensor cores is for one row")
+    tiles = triton.cdiv(out_features, tiling.block_n)
+    num_programs = tiles
+    if tiling.programs:
+        blocks = tiles * triton.cdiv(in_features, tiling.block_k)
+        num_programs = min(tiling.programs * num_multiprocessors(x.device), blocks)
+    block_t = max(16, triton.next_power_of_2(num_tokens)) if tiling.is_dot else 1
+    parts, counters = _scratch(2 * num_programs * block_t * tiling.block_n, tiles, x.device)
+    if is_dependent is None:
+        is_dependent = has_dependent_launch(x.device)
+    can_prefetch = (
+        in_features % int(_PIECE.value) == 0
+        and weight.stride(0) % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        and tiling.block_k % int(_PIECE.value) == 0
+    )
+    skinny_gemm_kernel[(num_programs,)](
+        out,
+        x,
+        weight,
+        bias,
+        parts,
+        counters,
+        num_tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        weight.stride(0),
+        BLOCK_T=block_t,
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k,
+        STAGES=tiling.num_stages,
+        PREFETCHED=tiling.prefetched if can_prefetch else 0,
+        IS_DOT=tiling.is_dot,
+        IS_EVEN=in_features % tiling.block_k == 0,
+        IS_INTERPRETED=is_interpreted(),
+        IS_DEPENDENT=is_dependent,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        **({"launch_pdl": True} if is_dependent else {}),
+    )
+    return out
+
+
+def choose_tiling(
+    out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
+) -> SkinnyTiling:
+    """The cut that suits a shape."""
+    if dtype == torch.float32:  # without tensor cores: their products are rounded further
+        return SkinnyTiling(32, 32, num_warps=4, num_stages=3, prefetched=0)
+    block_t = 16 if num_tokens <= 16 else 32
+    return SkinnyTiling(64, 128, num_warps=4, num_stages=5 if block_t == 16 else 4, programs=2)
+
+
+def _scratch(num_parts: int, num_counters: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for sums, and counters that each launch leaves at 0.
+
+    Kept for ever, since a captured graph may hold them.
+    """
+    parts, counters = _PARTS.setdefault(device, []), _COUNTERS.setdefault(device, [])
+    lacks_parts = not parts or parts[-1].numel() < num_parts
+    lacks_counters = not counters or counters[-1].numel() < num_counters
+    if lacks_parts or lacks_counters:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a product of few rows needs its scratch memory before a CUDA graph is captured:"
+                " run the same call once outside of the capture"
+            )
+        if lacks_parts:
+            parts.append(
+                torch.empty(max(num_parts, _MIN_PARTS), dtype=torch.float32, device=device)
+            )
+        if lacks_counters:
+            size = max(num_counters, _MIN_COUNTERS)
+            counters.append(torch.zeros(size, dtype=torch.int32, device=device))
+    return parts[-1], counters[-1]
+
+
+def example_launches() -> dict[str, Callable[[], object]]:
+    """Calls that :mod:`kernels.triton.compile_ahead` builds."""
+
+    def call(
+        dtype: torch.dtype,
+        num_tokens: int,
+        out_features: int,
+        in_features: int,
+        tiling: SkinnyTiling | None = None,
+        *,
+        has_bias: bool = False,
+    ) -> Callable[[], object]:
+        def run() -> object:
+            x = torch.empty(num_tokens, in_features, dtype=dtype)
+            weight = torch.empty(out_features, in_features, dtype=dtype)
+            bias = torch.empty(out_features, dtype=dtype) if has_bias else None
+            return skinny_linear(x, weight, bias, tiling=tiling)
+
+        return run
+
+    half = torch.bfloat16
+    return {
+        "bf16, 1 x 512 x 1024": call(half, 1, 512, 1024),
+        "bf16, 16 x 512 x 1024": call(half, 16, 512, 1024),
+        "fp16, 17 x 100 x 96, bias": call(torch.float16, 17, 100, 96, has_bias=True),
+        "bf16, 1 x 512 x 1024, sums": call(
+            half, 1, 512, 1024, SkinnyTiling(16, 256, num_stages=3, is_dot=False)
+        ),
+        "fp32, 2 x 100 x 128": call(torch.float32, 2, 100, 128),
+    }
