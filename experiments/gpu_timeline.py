@@ -1,6 +1,6 @@
 """Where does a step's time go on the GPU?
 
-    python -m experiments.gpu_timeline [model=qwen3-0.6b] [requests=1] [context=512] [trace=FILE.json]
+    python -m experiments.gpu_timeline [model=qwen3-0.6b] [requests=1] [context=512] [trace=FILE]
 
 Brings requests to a steady step of single tokens with random weights, records some steps with
 torch's profiler, and prints how long each kernel ran in a step, how often, and how long the GPU

@@ -18,6 +18,11 @@ from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
 
 FAST = ("preset=gpu",)
+UNOVERLAPPED = (
+    "engine/platform=cuda",
+    "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention,cuda_graphs,"
+    "fused_kernels]",
+)
 PLAIN = (
     "engine/platform=cuda",
     "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention]",
@@ -39,7 +44,7 @@ def prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[int]]:
 
 def check_a_replay_is_the_step_bit_for_bit(dtype: str) -> None:
     """From the same tables, launched op by op and replayed: ids, logits, KV and tables agree."""
-    engine = engine_of(*FAST, "engine/loop=sync", dtype=dtype)
+    engine = engine_of(*UNOVERLAPPED, dtype=dtype)
     for index, prompt in enumerate(prompts_of(engine, 6)):
         engine.add_request(prompt, SamplingParams(max_tokens=30, ignore_eos=True), f"r{index}")
     for _ in range(7):
@@ -109,8 +114,8 @@ def check_tokens_under_traffic() -> None:
 
 def check_the_steady_path_never_waits() -> None:
     """No operation that waits for the device: tokens are read through an event alone."""
-    for loop in ("sync", "overlapped"):
-        engine = engine_of(*FAST, f"engine/loop={loop}")
+    for overrides in (UNOVERLAPPED, FAST):
+        engine = engine_of(*overrides)
         params = SamplingParams(max_tokens=60, ignore_eos=True)
         for index, prompt in enumerate(prompts_of(engine, 9)):
             engine.add_request(prompt, params, f"r{index}")
