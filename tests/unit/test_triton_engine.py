@@ -18,7 +18,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(not is_interpreted(), reason="runs where Triton interprets its kernels")
 def test_tokens_are_those_of_transformers() -> None:
-    prompts = [*mixed_prompts(3, longest=12), list(range(4, 34))]  # and one no draft is as long as
+    prompts = [*mixed_prompts(2, longest=8), list(range(4, 24))]  # and one no draft is as long as
     overrides = ["engine/attention=triton", "engine/kv_cache=paged", "engine.kv_cache.block_size=4"]
     engine = tiny_engine(*overrides, max_num_seqs=2, max_model_len=48)
     outputs = engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
