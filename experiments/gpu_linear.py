@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -256,7 +257,7 @@ def pick(best: Best, name: str, rows: int) -> SkinnyTiling:
     if tried:
         return best[name, tried[0]]
     out_features, in_features = LAYERS[name]
-    return choose_tiling(out_features, in_features, rows, DTYPE)
+    return choose_tiling(out_features, in_features, rows, DTYPE, torch.device(DEVICE))
 
 
 def compare(layer: Layer, rows: Sequence[int], best: Best, report: Report, replays: int) -> None:
@@ -309,13 +310,10 @@ def chain(model: str, rows: Sequence[int], best: Best, report: Report, replays: 
     for count in rows:
         hidden = torch.randn(count, width, device=DEVICE).to(DTYPE)
         tilings = {name: pick(best, f"{model} {name}", count) for name in shapes}
-        kinds: dict[str, dict[str, Callable[..., Tensor]]] = {
-            "cublas": dict.fromkeys(shapes, F.linear),
-            **{
-                name: {n: ours(t, is_dependent=flag) for n, t in tilings.items()}
-                for name, flag in (("skinny_gemm", True), ("skinny_gemm, not dependent", False))
-            },
-        }
+        kinds: dict[str, dict[str, Callable[..., Tensor]]]
+        kinds = {"cublas": dict.fromkeys(shapes, F.linear)}
+        for name, flag in (("skinny_gemm", True), ("skinny_gemm, not dependent", False)):
+            kinds[name] = {n: ours(t, is_dependent=flag) for n, t in tilings.items()}
         for has_rest in (False, True):
             row, truth = [], None
             for kind, products in kinds.items():
@@ -369,7 +367,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.tiles:
         build_all(candidates())
         print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
-    report = Report(options.out, machine())
+    named = os.environ.get("WORKBENCH_COMMIT")  # of a copy, whose own checkout may lie behind
+    report = Report(options.out, machine() | ({"git_commit": named} if named else {}))
     print(report.host, flush=True)
     best: Best = {}
     for index, name in enumerate(names):

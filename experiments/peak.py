@@ -101,11 +101,11 @@ class Options:
 
 
 def make_engine(
-    model: str, overrides: Sequence[str], kv_tokens: int
+    model: str, overrides: Sequence[str], kv_tokens: int, max_num_seqs: int = MAX_NUM_SEQS
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine on random weights, and the names of what fills its slots."""
     composed = compose_config([f"model={model}", "weights=random", *overrides])
-    limits = Limits(MAX_NUM_SEQS, MAX_MODEL_LEN, kv_tokens)
+    limits = Limits(max_num_seqs, MAX_MODEL_LEN, kv_tokens)
     engine = build_engine(engine_config(composed, limits))
     return engine, {slot: node["_target_"] for slot, node in composed.components.items()}
 
@@ -160,7 +160,7 @@ def check_outputs(engine: Engine, model: str, options: Options) -> Check:
     prompts = probe_prompts(engine.parts.vocab_size)
     # Twice: the second time, what is cached and captured has been used before.
     ours = [engine.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True)) for _ in "ab"]
-    core, _ = make_engine(model, ["engine/platform=cuda"], 40 * MAX_MODEL_LEN)
+    core, _ = make_engine(model, ["engine/platform=cuda"], 8 * MAX_MODEL_LEN, max_num_seqs=8)
     params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=20)
     eager = core.generate(prompts, params)
     del core

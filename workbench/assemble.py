@@ -269,7 +269,7 @@ def build_engine(config: EngineConfig) -> Engine:
     base_bytes = probe.current_bytes()
     decoder = load_model(
         config.source.config,
-        linear=builder.build("linear"),
+        linear=_build_linear(builder, platform, dtype),
         ops=_build_ops(builder, platform, dtype),
         adapters=builder.build("adapters"),
         parallel=builder.build("parallel"),
@@ -359,6 +359,13 @@ def check_engine(config: EngineConfig) -> None:
         num_device_blocks=kv_cache.num_blocks,
     )
     _build_scheduler(builder, config.limits, max_model_len)
+
+
+def _build_linear(builder: _Builder, platform: Platform, dtype: torch.dtype) -> LinearMethod:
+    linear: LinearMethod = builder.build("linear")
+    reasons = linear.unsupported_reasons(platform.device, dtype)
+    _require(reasons, f"linear {type(linear).__name__}")
+    return linear
 
 
 def _build_ops(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Ops:

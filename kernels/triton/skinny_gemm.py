@@ -25,7 +25,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton import has_dependent_launch, is_interpreted, num_multiprocessors
+from kernels.triton import (
+    has_dependent_launch,
+    has_large_shared_memory,
+    is_interpreted,
+    num_multiprocessors,
+)
 
 MAX_ROWS = 32
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
@@ -59,7 +64,7 @@ class SkinnyTiling:
     num_warps: int = 4
     num_stages: int = 4
     programs: int = 2
-    prefetched: int = 4
+    prefetched: int = 2
     is_dot: bool = True
 
 
@@ -256,7 +261,7 @@ def skinny_linear(
     if in_features == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     if tiling is None:
-        tiling = choose_tiling(out_features, in_features, num_tokens, x.dtype)
+        tiling = choose_tiling(out_features, in_features, num_tokens, x.dtype, x.device)
     if not tiling.is_dot and num_tokens > 1:
         raise ValueError("a tiling without tensor cores is for one row")
     tiles = triton.cdiv(out_features, tiling.block_n)
@@ -303,13 +308,32 @@ def skinny_linear(
 
 
 def choose_tiling(
-    out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
+    out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> SkinnyTiling:
-    """The cut that suits a shape."""
-    if dtype == torch.float32:  # without tensor cores: their products are rounded further
+    """The cut that suits a shape, as measured on an H100 (``experiments.gpu_linear --tiles``).
+
+    One row needs no tensor cores, and whole rows of the weight no merging: small tiles, as large
+    as still give every multiprocessor two or three. More rows are held in tiles of 64, of which a
+    small weight has too few for all multiprocessors: so they share its blocks out.
+    """
+    per_value = 2 if dtype == torch.float32 else 1  # columns are halved to take as many bytes
+    multiprocessors = num_multiprocessors(device)
+    if num_tokens == 1:
+        for block_n, block_k, stages in ((16, 512, 3), (8, 512, 4)):
+            if out_features * 2 >= 5 * multiprocessors * block_n:
+                break
+        else:
+            block_n, block_k, stages = 4, 1024, 1
+        return SkinnyTiling(
+            block_n, block_k // per_value, 4, stages, programs=0, prefetched=1, is_dot=False
+        )
+    if dtype == torch.float32:  # products without tensor cores, which would round the inputs
         return SkinnyTiling(32, 32, num_warps=4, num_stages=3, prefetched=0)
-    block_t = 16 if num_tokens <= 16 else 32
-    return SkinnyTiling(64, 128, num_warps=4, num_stages=5 if block_t == 16 else 4, programs=2)
+    if out_features >= 128 * multiprocessors or not has_large_shared_memory(device):
+        return SkinnyTiling(64, 128, num_stages=4 if num_tokens <= 16 else 3, programs=0)
+    if in_features <= 1024 and out_features >= 4096:  # little to share out
+        return SkinnyTiling(64, 256, num_stages=5 if num_tokens <= 16 else 4, programs=0)
+    return SkinnyTiling(64, 256, num_stages=3, programs=1)
 
 
 def _scratch(num_parts: int, num_counters: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -361,8 +385,8 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "bf16, 1 x 512 x 1024": call(half, 1, 512, 1024),
         "bf16, 16 x 512 x 1024": call(half, 16, 512, 1024),
         "fp16, 17 x 100 x 96, bias": call(torch.float16, 17, 100, 96, has_bias=True),
-        "bf16, 1 x 512 x 1024, sums": call(
-            half, 1, 512, 1024, SkinnyTiling(16, 256, num_stages=3, is_dot=False)
-        ),
+        "bf16, 1 x 100 x 1024": call(half, 1, 100, 1024),
+        "bf16, 16 x 512 x 2048, shared out": call(half, 16, 512, 2048),
+        "bf16, 17 x 4096 x 1024": call(half, 17, 4096, 1024),
         "fp32, 2 x 100 x 128": call(torch.float32, 2, 100, 128),
     }

@@ -9,6 +9,7 @@ from techniques.cuda_graphs import CudaGraphConfig, CudaGraphRunner
 from techniques.cuda_graphs.runner import capture_sizes
 from tests.contract.test_kv_pool_and_attention import make_batch
 from tests.helpers.engines import component
+from tests.helpers.interpreted import DEVICE
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError
 from workbench.slots.linear import LinearLayer
@@ -29,19 +30,21 @@ def test_linear_is_a_product_within_its_bound(
     option: str, has_bias: bool, expected_tokens: int, dtype: torch.dtype
 ) -> None:
     method, layer = component("linear", option), make_layer(has_bias)
-    method.create_weights(layer, dtype, CPU)
+    if reasons := method.unsupported_reasons(DEVICE, dtype):
+        pytest.skip("; ".join(reasons))
+    method.create_weights(layer, dtype, DEVICE)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in layer.params.items():
         assert name in ("weight", "bias") or method.error_bound > 0
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     dense = layer.params["weight"].double().clone()
-    bias = layer.params["bias"].double().clone() if has_bias else torch.zeros(96)
+    bias = layer.params["bias"].double().clone() if has_bias else torch.zeros(96).to(DEVICE)
     assert ("bias" in layer.params) == has_bias
     method.process_weights_after_loading(layer, expected_tokens)
     assert not layer.params, "weights that are no longer needed are kept"
     bound = max(method.error_bound, 8 * torch.finfo(dtype).eps)
     for rows in (1, 3, 64):
-        x = torch.randn(rows, 64, generator=generator).to(dtype)
+        x = torch.randn(rows, 64, generator=generator).to(DEVICE, dtype)
         expected = x.double() @ dense.T + bias
         y = method.apply(layer, x)
         assert y.shape == (rows, 96)

@@ -65,6 +65,7 @@ NEEDS_A_GPU = {
     "flash_attention_cute",
     "flashinfer_attention",
     "fused_kernels",
+    "skinny_gemm",
     "triton_attention",
 }
 

@@ -61,6 +61,10 @@ class LinearMethod(Component):
     def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
         """``x[T, in_features]`` to ``[T, out_features]``."""
 
+    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """Why it cannot serve a model of ``dtype`` on ``device``; empty when it can."""
+        return []
+
 
 class DenseLinear(LinearMethod):
     """Weights in the model's dtype: the null object.
