@@ -37,6 +37,7 @@ from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
+from workbench.slots.linear import LinearMethod
 from workbench.slots.ops import Ops
 from workbench.slots.platform import Platform
 from workbench.slots.sampler import Sampler

@@ -319,11 +319,10 @@ def choose_tiling(
     per_value = 2 if dtype == torch.float32 else 1  # columns are halved to take as many bytes
     multiprocessors = num_multiprocessors(device)
     if num_tokens == 1:
-        for block_n, block_k, stages in ((16, 512, 3), (8, 512, 4)):
-            if out_features * 2 >= 5 * multiprocessors * block_n:
-                break
-        else:
-            block_n, block_k, stages = 4, 1024, 1
+        most = 2 * out_features // (5 * multiprocessors)  # rows a tile
+        block_n, block_k, stages = (4, 1024, 1) if most < 8 else (8, 512, 4)
+        if most >= 16:
+            block_n, block_k, stages = 16, 512, 3
         return SkinnyTiling(
             block_n, block_k // per_value, 4, stages, programs=0, prefetched=1, is_dot=False
         )

@@ -1,0 +1,60 @@
+"""Technique ``skinny_gemm`` in an engine: the tokens of the engine without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.triton import HAS_TRITON, is_interpreted
+from techniques.skinny_gemm import SkinnyLinear, SkinnyLinearConfig
+from tests.helpers.engines import mixed_prompts, tiny_engine
+from tests.helpers.interpreted import (
+    HAS_GPU,
+    needs_kernels,
+    run_in_interpreter,
+    starts_interpreter,
+)
+from tests.helpers.tiny_models import tiny_model
+from workbench.core.errors import ConfigError
+from workbench.core.sampling import SamplingParams
+
+
+@starts_interpreter
+def test_in_the_interpreter() -> None:
+    run_in_interpreter(__file__)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the head of one of them is tied
+def test_tokens_are_those_of_the_engine_without_it(family: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = (f"engine/platform={device}", "engine/scheduler=continuous")
+    model = tiny_model(family)
+    plain = tiny_engine(*options, model=model)
+    skinny = tiny_engine(*options, model=model, techniques=["skinny_gemm"])
+    prompts = mixed_prompts(3, longest=8)
+    # Of different lengths, so that one request is left: in fp32 the kernel takes single rows.
+    sampling = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 3, 6)]
+    expected, found = (e.generate(prompts, sampling) for e in (plain, skinny))
+    assert [a.outputs[0].token_ids for a in found] == [a.outputs[0].token_ids for a in expected]
+    counts = skinny.counters()
+    assert counts["linear.skinny_calls"] > 0
+    assert counts["linear.dense_calls"] > 0
+
+
+def test_reasons_name_the_device_and_the_dtype() -> None:
+    reasons = SkinnyLinear().unsupported_reasons(torch.device("cpu"), torch.float64)
+    text = "; ".join(reasons)
+    if HAS_TRITON:
+        assert "float64 is none of float16, bfloat16, float32" in text
+        assert ("cpu" in text) != is_interpreted()
+    else:
+        assert "not installed" in text
+    if HAS_GPU:
+        assert SkinnyLinear().unsupported_reasons(torch.device("cuda"), torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("max_rows", [0, 33])
+def test_rows_that_the_kernel_does_not_take_are_refused(max_rows: int) -> None:
+    with pytest.raises(ConfigError, match=rf"max_rows={max_rows} must be from 1 to 32"):
+        SkinnyLinear(SkinnyLinearConfig(max_rows=max_rows))
