@@ -28,6 +28,8 @@ class OverlappedLoop(Loop):
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        if self._running is not None and not scheduler.running:  # all of it was aborted since
+            self._drop_rest(scheduler)
         if self._running is None:
             plan = scheduler.schedule()
             if plan is None:
@@ -43,8 +45,9 @@ class OverlappedLoop(Loop):
         self._queue_next(scheduler, executor)
         result = running.result()
         done = FinishedStep(plan, result, scheduler.resolve(assumed, result))
-        if not scheduler.has_unfinished():
+        if self._running is not None and not scheduler.has_unfinished():
             self._drop_rest(scheduler)
+            self._counts["steps_for_nothing"] += 1
         return done
 
     def _queue_next(self, scheduler: Scheduler, executor: Executor) -> None:
@@ -60,12 +63,11 @@ class OverlappedLoop(Loop):
 
     def _drop_rest(self, scheduler: Scheduler) -> None:
         """Nobody is left to take what still runs."""
-        if self._running is not None:
-            plan, running = self._running
-            self._running = None
-            running.result()
-            assert not scheduler.assume(plan).sampled, "somebody is left"
-            self._counts["steps_for_nothing"] += 1
+        assert self._running is not None
+        plan, running = self._running
+        self._running = None
+        running.result()
+        assert not scheduler.assume(plan).sampled, "somebody is left"
 
     def counters(self) -> dict[str, float]:
         return dict(self._counts)

@@ -160,7 +160,7 @@ def test_aborts_and_arrivals_under_every_policy(policy: str, preemption: str) ->
 def test_a_step_that_fails_loses_no_token(preemption: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = short_of_memory(preemption, "radix", chunked=True, speculative=False)
     runner = engine.parts.executor.runner  # type: ignore[attr-defined]
-    execute, rng = runner._execute, random.Random(1)
+    execute, rng = runner._submit, random.Random(1)
     num_failed = 0
 
     def fail_sometimes(plan: object) -> object:
@@ -175,7 +175,7 @@ def test_a_step_that_fails_loses_no_token(preemption: str, monkeypatch: pytest.M
             raise InterruptedError("after the step")
         return result
 
-    monkeypatch.setattr(runner, "_execute", fail_sometimes)
+    monkeypatch.setattr(runner, "_submit", fail_sometimes)
     names = [
         engine.add_request(prompt, SamplingParams(max_tokens=n, ignore_eos=True))
         for prompt, n in zip(PROMPTS, LENGTHS, strict=True)

@@ -116,13 +116,13 @@ def test_noted_tokens_become_known() -> None:
     rows = np.array([table.add(new_request(n, [1, 2])) for n in ("a", "b")])
     table.token_ids[rows[0], 2] = 50
     table.token_ids[rows[1], 2:4] = torch.tensor([60, 61], dtype=torch.int32)
-    table.note_tokens(rows, [[50], [60, 61]], False)
+    table.note_tokens(rows, [[50], [60, 61]])
     assert table.known_tokens(rows[0]).tolist() == [1, 2, 50]
     assert table.known_tokens(rows[1]).tolist() == [1, 2, 60, 61]
     assert table.num_computed_host[rows].tolist() == [2, 3]
     table.token_ids[rows[0], 3] = 51
     table.token_ids[rows[1], 4] = 62
-    table.note_tokens(rows, [[51], [62]], True)
+    table.note_tokens(rows, [[51], [62]])
     assert table.known_tokens(rows[0]).tolist() == [1, 2, 50, 51]
     assert table.known_tokens(rows[1]).tolist() == [1, 2, 60, 61, 62]
 
