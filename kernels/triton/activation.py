@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
 
@@ -68,7 +68,6 @@ def gated_kernel(
 ):
     """Grid: (rows * inner / BLOCK), the columns of a row after one another."""
     if IS_DEPENDENT:
-        gdc_launch_dependents()  # the next one may fetch weights meanwhile
         gdc_wait()  # of the launch before, only its end is overlapped
     num_blocks = tl.cdiv(inner, BLOCK)
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
