@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from workbench.core.errors import RequestError
 from workbench.core.outputs import CompletionOutput, RequestOutput
@@ -172,15 +172,17 @@ class Engine:
             assert self.tokenizer is not None
             # The template has written its own special tokens.
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        elif set(map(type, prompt)) == {int}:  # the common case, without a call a token
+            token_ids = cast("list[int]", prompt)
         else:
             token_ids = [_as_id(token) for token in prompt]
         if not token_ids:
             raise RequestError("the prompt is empty: it must hold at least one token.")
         vocab = self.parts.vocab_size
-        bad = [t for t in token_ids if not 0 <= t < vocab]
-        if bad:
+        if min(token_ids) < 0 or max(token_ids) >= vocab:
+            bad = next(t for t in token_ids if not 0 <= t < vocab)
             raise RequestError(
-                f"token id {bad[0]} is outside the vocabulary: ids must be 0 to {vocab - 1}."
+                f"token id {bad} is outside the vocabulary: ids must be 0 to {vocab - 1}."
             )
         return list(token_ids)
 
