@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -379,8 +378,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.tiles:
         build_all(candidates())
         print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
-    named = os.environ.get("WORKBENCH_COMMIT")  # of a copy, whose own checkout may lie behind
-    report = Report(options.out, machine() | ({"git_commit": named} if named else {}))
+    report = Report(options.out, machine())
     print(report.host, flush=True)
     best: Best = {}
     for index, name in enumerate(names):

@@ -42,8 +42,8 @@ class Environment:
         Installed versions by name; what is absent is left out.
     git_commit, git_dirty
         Of the checkout that the code runs from. Records under ``results/`` do not count as changes.
-        For a copy outside any checkout, the environment variable ``WORKBENCH_COMMIT`` may name the
-        commit that was copied; whether the copy has changes is then unknown (None).
+        For a copy that was sent to another machine, the environment variable ``WORKBENCH_COMMIT``
+        names the commit that was copied; whether the copy has changes is then unknown (None).
     """
 
     hardware_slug: str
@@ -168,12 +168,15 @@ def _gpus() -> tuple[list[str], str | None]:
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
     """Return the commit of the checkout that ``folder`` lies in and whether it has changes.
 
-    Outside a checkout or without git: what ``WORKBENCH_COMMIT`` names, else None; changes unknown.
-    ``(None, None)`` before the first commit.
+    What ``WORKBENCH_COMMIT`` names goes first, with changes unknown: a copy may have brought an
+    older ``.git`` along. ``(None, None)`` outside a checkout, without git, or before the first
+    commit.
     """
+    if named := os.environ.get("WORKBENCH_COMMIT"):
+        return named, None
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
-        return os.environ.get("WORKBENCH_COMMIT") or None, None
+        return None, None
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None, None
