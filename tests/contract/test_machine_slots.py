@@ -148,7 +148,8 @@ def test_platform_says_what_it_is(option: str) -> None:
     probe = platform.memory_probe()
     probe.reset_peak()
     before = probe.current_bytes()
-    held = torch.ones(4 << 20, device=platform.device)  # 16 MiB
+    # 64 MiB: malloc may find less than 32 MiB in what the process holds already.
+    held = torch.ones(16 << 20, device=platform.device)
     assert probe.peak_bytes() - before >= held.numel() * 4 * 0.9
     del held
 
