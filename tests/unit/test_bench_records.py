@@ -191,18 +191,22 @@ def test_killed_writers_leave_whole_lines(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    for writer in writers:
-        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
-    deadline = time.monotonic() + 30
-    while sum(f.read_bytes().count(b"\n") for f in tmp_path.iterdir()) < 6:
-        assert time.monotonic() < deadline, "the writers write nothing"
-        time.sleep(0.02)
-    for writer in writers:
-        writer.send_signal(signal.SIGINT)
-    for writer in writers:
-        writer.wait(timeout=30)
-        assert writer.stdout is not None
-        writer.stdout.close()
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 30
+        while sum(f.read_bytes().count(b"\n") for f in tmp_path.iterdir()) < 6:
+            assert time.monotonic() < deadline, "the writers write nothing"
+            time.sleep(0.02)
+        for writer in writers:
+            writer.send_signal(signal.SIGINT)
+        for writer in writers:
+            writer.wait(timeout=30)
+            assert writer.stdout is not None
+            writer.stdout.close()
+    finally:
+        for writer in writers:  # none is left behind, whatever failed
+            writer.kill()
     records, problems = ResultStore(tmp_path).read()
     assert problems == [] and len(records) >= 6
 
