@@ -17,9 +17,9 @@ if [[ $part == all || $part == kernels ]]; then
     do_run python3 -m experiments.gpu_prefill --out "$OUT/prefill.jsonl"
 fi
 if [[ $part == all || $part == engine ]]; then
-    big=(engine/platform=cuda model=llama-3.1-8b weights=random results_dir="$OUT")
+    big=(engine/platform=cuda engine/attention=auto model=llama-3.1-8b weights=random results_dir="$OUT")
     do_run python3 -m workbench +technique=host_offload engine/platform=cuda model=qwen3-0.6b weights=random \
-        bench.reference=base "baselines=[]" results_dir="$OUT"
+        bench.reference=hf_scored "baselines=[]" results_dir="$OUT"
     # What a cache costs where it finds nothing, and what it gains at 75 %.
     do_run python3 -m experiments.prefix_hit_rate "${big[@]}" workload=prefix_hits workload.num_requests=64 \
         workload.output_len=16 limits.max_num_seqs=64 bench.reference=hf_scored bench.residency=one bench.rounds=7 \

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from workbench.bench.progress import NoProgress
+from workbench.bench.run import Variant
 from workbench.cli.reference import HfReference, scored
+from workbench.cli.run import _engine_reference
+from workbench.core.backend import TokenEvent
 from workbench.core.errors import WorkbenchError
 from workbench.core.workload import WorkloadRequest
 
@@ -58,3 +63,30 @@ def test_a_token_that_lies_too_far_behind_is_told(margins: Sequence[float], posi
 def test_an_output_that_is_cut_short_is_told(tokens: Sequence[int], ignore_eos: bool) -> None:
     with pytest.raises(WorkbenchError, match=rf"'r0' brought {len(tokens)} of 3 output tokens"):
         score(tokens, (0.0,) * 4, ignore_eos)
+
+
+def test_the_engine_s_own_reference_starts_followers_when_a_measured_row_does() -> None:
+    """Both serve the same batches, or near-ties would fall differently."""
+    served: list[list[str]] = []
+
+    class Serving:
+        def run(self, source: Any, on_event: Any) -> None:
+            while not source.exhausted or not served:
+                now = time.perf_counter()
+                taken = [r.request_id for r in source.poll(now, 0)]
+                assert taken, "nobody is due"
+                served.append(taken)
+                for name in taken:
+                    on_event(TokenEvent(name, now, (5,), True))
+
+        def close(self) -> None: ...
+
+    variant = cast(Variant, SimpleNamespace(kind="engine", build=Serving))
+    requests = [
+        WorkloadRequest("first", (1, 2), 1),
+        WorkloadRequest("alone", (1, 2), 1),
+        WorkloadRequest("next", (1, 2), 1, after="first"),
+    ]
+    outputs = _engine_reference([variant])(requests)
+    assert served == [["first", "alone"], ["next"]]
+    assert outputs == {"first": (5,), "alone": (5,), "next": (5,)}

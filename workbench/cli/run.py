@@ -286,8 +286,10 @@ def _engine_reference(variants: Sequence[Variant]) -> ReferenceFn:
             if event.error is not None:
                 failed.add(event.request_id)
 
+        load = Offline(requests)
         try:
-            backend.run(Offline(requests), on_event)
+            # Watched, so that who follows another starts when it would in a measured row.
+            backend.run(load, load.watch(on_event))
         finally:
             backend.close()
         return {name: tuple(ids) for name, ids in found.items() if name not in failed}
