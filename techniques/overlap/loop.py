@@ -6,6 +6,7 @@ from workbench.core.step import SchedulerOutput
 from workbench.slots.executor import Executor, Running
 from workbench.slots.loop import FinishedStep, Loop
 from workbench.slots.scheduler import Scheduler
+from workbench.slots.step_plan import AssumedStep
 
 
 class OverlappedLoop(Loop):
@@ -21,15 +22,19 @@ class OverlappedLoop(Loop):
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
         self._running: tuple[SchedulerOutput, Running] | None = None
+        #: The running step, once it is booked, and the one queued behind it. Kept until the tokens
+        #: are there: a wait that is interrupted is taken up again by the next call.
+        self._assumed: AssumedStep | None = None
+        self._following: tuple[SchedulerOutput, Running] | None = None
         self._error: BaseException | None = None
         self.reset_counters()
 
     def step(self, scheduler: Scheduler, executor: Executor) -> FinishedStep | None:
-        if self._error is not None:
+        if self._error is not None and self._assumed is None:
             error, self._error = self._error, None
             raise error
-        if self._running is not None and not scheduler.running:  # all of it was aborted since
-            self._drop_rest(scheduler)
+        if self._running is not None and self._assumed is None and not scheduler.running:
+            self._drop_rest(scheduler)  # all of it was aborted since
         if self._running is None:
             plan = scheduler.schedule()
             if plan is None:
@@ -40,11 +45,12 @@ class OverlappedLoop(Loop):
                 scheduler.plan_failed(plan)
                 raise
         plan, running = self._running
-        self._running = None
-        assumed = scheduler.assume(plan)
-        self._queue_next(scheduler, executor)
+        if self._assumed is None:
+            self._assumed = scheduler.assume(plan)
+            self._queue_next(scheduler, executor)
         result = running.result()
-        done = FinishedStep(plan, result, scheduler.resolve(assumed, result))
+        done = FinishedStep(plan, result, scheduler.resolve(self._assumed, result))
+        self._running, self._following, self._assumed = self._following, None, None
         if self._running is not None and not scheduler.has_unfinished():
             self._drop_rest(scheduler)
             self._counts["steps_for_nothing"] += 1
@@ -55,7 +61,7 @@ class OverlappedLoop(Loop):
         if following is None:
             return
         try:
-            self._running = following, executor.submit(following)
+            self._following = following, executor.submit(following)
             self._counts["steps_ahead"] += 1
         except BaseException as error:  # the step before it is fine: it comes first
             scheduler.plan_failed(following)

@@ -160,3 +160,39 @@ def test_a_stop_token_as_the_last_one_is_a_stop_and_no_length() -> None:
 def test_a_drafter_is_refused() -> None:
     with pytest.raises(ConfigError, match="engine/loop=sync"):
         tiny_engine(OVERLAPPED, "engine/drafter=ngram", "engine/verifier=exact_match")
+
+
+class Interrupted:
+    """A step whose wait is interrupted once, as by Ctrl-C while the device works."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.is_due = real, True
+
+    def result(self) -> Any:
+        if self.is_due:
+            self.is_due = False
+            raise KeyboardInterrupt
+        return self.real.result()
+
+
+def test_an_interrupted_wait_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ahead = (tiny_engine(*PAGED, *more) for more in ((), (OVERLAPPED,)))
+    prompts = mixed_prompts(6, longest=30)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    wanted = [output.token_ids for output in plain.generate(prompts, params)]
+    submit = ahead.parts.executor.submit
+    monkeypatch.setattr(ahead.parts.executor, "submit", lambda plan: Interrupted(submit(plan)))
+    for index, prompt in enumerate(prompts):
+        ahead.add_request(prompt, params, str(index))
+    got: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    num_interrupts = 0
+    while ahead.has_unfinished():
+        try:
+            for output in ahead.step():
+                got[output.request_id] += output.new_token_ids
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert num_interrupts > 10
+    assert list(got.values()) == wanted
+    assert all(step.device_us > 0 for step in ahead.steps)
+    check_idle(ahead)

@@ -203,7 +203,8 @@ class StepRecord:
     host_us
         Everything but the model: scheduling, input preparation, drafting, updating.
     device_us
-        Forward pass, logits and sampling.
+        Forward pass, logits and sampling; where steps are planned ahead, the time from one step's
+        tokens to the next one's, since the device works meanwhile.
     """
 
     step: int

@@ -261,6 +261,9 @@ class Engine:
         parts_us["schedule"] = max(0.0, (returned - began) * 1e6 - sum(parts_us.values()))
         parts_us["update"] = (updated - returned) * 1e6
         parts_us["output"] = (time.perf_counter() - updated) * 1e6
+        host_us = sum(parts_us.values()) - device_us
+        if done.updates is not None:  # planned ahead: the device worked all the while
+            device_us = (returned - began) * 1e6
         num_output = sum([len(u.new_token_ids) for u in updates])
         num_tokens = plan.total_num_scheduled_tokens
         num_drafts = sum(plan.num_draft_tokens)
@@ -280,7 +283,7 @@ class Engine:
                 num_idle_rows=plan.num_idle_rows,
                 num_context_tokens=result.num_context_tokens,
                 graph_mode=result.graph_mode,
-                host_us=sum(parts_us.values()) - device_us,
+                host_us=host_us,
                 device_us=device_us,
                 parts_us=parts_us,
             )
