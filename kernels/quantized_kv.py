@@ -74,7 +74,9 @@ def quantize_kv(
     greatest = _greatest(dtype)
     wide = x.to(dispatch.accumulate_dtype(x))
     if scale is None:
-        scale = wide.abs().amax(dim=-1).clamp_min(LEAST_AMAX).float() / greatest
+        amax = wide.abs().amax(dim=-1).clamp_min(LEAST_AMAX).float()
+        # By a tensor: a CUDA device divides by a number by multiplying with its rounded inverse.
+        scale = amax / torch.full_like(amax, greatest)
     scaled = (wide / scale.unsqueeze(-1)).clamp(-greatest, greatest)
     return (scaled.round() if dtype == torch.int8 else scaled.float()).to(dtype), scale
 
@@ -91,7 +93,8 @@ def find_head_scales(x: Tensor, dtype: torch.dtype) -> Tensor:
     saturates.
     """
     amax = x.abs().transpose(-1, -2).flatten(0, -2).amax(dim=0)
-    return amax.float().clamp_min(LEAST_AMAX) / _greatest(dtype)
+    amax = amax.float().clamp_min(LEAST_AMAX)
+    return amax / torch.full_like(amax, _greatest(dtype))
 
 
 def write_quantized_kv_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, tiling: Any = N
     scale = truth.abs().max().item() if truth.numel() else 1.0
     bound = torch.finfo(x.dtype).eps
     torch.testing.assert_close(out.double(), truth, rtol=bound, atol=4e-6 * scale)
-    for counters in skinny_gemm._COUNTERS.get(DEVICE, []):
+    for counters in itertools.chain(*skinny_gemm._COUNTERS.values()):
         assert not counters.any(), "a launch left a counter behind"
     return out
 
@@ -143,7 +144,8 @@ def test_sizes_share_scratch_memory() -> None:
     for _ in range(2):
         check(values(3, 256), small)
         check(values(17, 512), large)
-    assert len(skinny_gemm._PARTS[DEVICE]) == len(skinny_gemm._COUNTERS[DEVICE]) == 1
+    device = small.device  # with its index
+    assert len(skinny_gemm._PARTS[device]) == len(skinny_gemm._COUNTERS[device]) == 1
 
 
 @needs_kernels
