@@ -26,7 +26,7 @@ from kernels.attention import paged_attend
 from kernels.embedding import embedding
 from kernels.kv_cache import write_kv
 from kernels.linear import PackedLinear, apply_linear, pack_linear
-from kernels.norm import add_rms_norm_, rms_norm
+from kernels.norm import RowNorm, add_rms_norm_, rms_norm
 from kernels.quantized_kv import allocate_kv_scales, dequantize_kv, quantize_kv
 from kernels.rotary import apply_rope_and_write_kv
 from kernels.sampling import argmax
@@ -34,6 +34,7 @@ from kernels.shared_prefix import cascade_attend, merge_states, shared_prefix_at
 
 __all__ = [
     "PackedLinear",
+    "RowNorm",
     "add_rms_norm_",
     "allocate_kv_scales",
     "apply_linear",

@@ -7,10 +7,28 @@ cast (Gemma has 1). Paper: Zhang and Sennrich, "Root Mean Square Layer Normaliza
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels import dispatch
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorm:
+    """What :func:`rms_norm` takes beside the rows, for a product that norms them itself.
+
+    Attributes
+    ----------
+    weight : Tensor [H]
+    eps, offset
+        As of :func:`rms_norm`.
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:

@@ -18,10 +18,11 @@ for part in "${@:-checks kernels peak timeline}"; do
             do_run python3 -m pytest -q tests/gpu/test_backends_cuda.py
             # Kernels compile in as many processes as xdist, where it is installed, may start.
             do_run python3 -m pytest -q ${PYTEST_WORKERS:+-n "$PYTEST_WORKERS"} \
-                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,rotary}.py
+                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py
             ;;
         kernels)
             do_run python3 -m experiments.gpu_fused --out "$OUT/fused.jsonl"
+            do_run python3 -m experiments.gpu_gemv --out "$OUT/gemv.jsonl"
             do_run python3 -m experiments.gpu_linear --chain --rows 1,16 --out "$OUT/linear.jsonl"
             ;;
         peak)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
 
@@ -68,22 +68,29 @@ def gated_kernel(
 ):
     """Grid: (rows * inner / BLOCK), the columns of a row after one another."""
     if IS_DEPENDENT:
-        gdc_wait()  # of the launch before, only its end is overlapped
+        gdc_launch_dependents()
+        gdc_wait()
     num_blocks = tl.cdiv(inner, BLOCK)
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
     column = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
     dtype: tl.constexpr = out.dtype.element_ty
     source = gate_up + row * stride
-    gate = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
+    gates = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(source + inner + column, mask=mask, other=0.0).to(tl.float32)
+    value = gate(gates, IS_GELU).to(dtype).to(tl.float32)
+    tl.store(out + row * inner + column, (value * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def gate(x, IS_GELU: tl.constexpr):
+    """SiLU, or GELU in its tanh form, of fp32 numbers."""
     if IS_GELU:
         # x (1 + tanh u) / 2 is x sigmoid(2 u), without the difference of nearly equal numbers.
-        power = _TWO_SQRT_2_OVER_PI * (gate + _CUBIC * gate * gate * gate)
+        power = _TWO_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)
     else:
-        power = gate
-    value = (gate / (1.0 + tl.exp(-power))).to(dtype).to(tl.float32)
-    tl.store(out + row * inner + column, (value * up).to(dtype), mask=mask)
+        power = x
+    return x / (1.0 + tl.exp(-power))
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
 
@@ -101,7 +101,8 @@ def rms_norm_kernel(
 ):
     """Grid: (rows / ROWS). A row is one of ``num_inner`` of a token."""
     if IS_DEPENDENT:
-        gdc_wait()  # of the launch before, only its end is overlapped
+        gdc_launch_dependents()
+        gdc_wait()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (column < HIDDEN)[None, :]

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.quantized_kv import is_quantized
 from kernels.triton import (
@@ -140,8 +140,8 @@ def paged_decode_kernel(
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
-    if IS_DEPENDENT and prior_out is None:
-        gdc_wait()  # of the launch before, only its end is overlapped: it wrote the queries
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
     requests = tl.arange(0, BLOCK_B)
     counts = count_blocks(
         seq_lens, query_start_loc, key_start, requests, num_requests, WINDOW, BLOCK_N
@@ -188,6 +188,9 @@ def paged_decode_kernel(
         q_at = (query_start + row // GROUP).to(tl.int64) * q_stride_token
         q_at += row % GROUP * q_stride_head
         mask = is_row[:, None] & is_dim[None, :]
+        if IS_DEPENDENT and prior_out is None:
+            # The launch ahead wrote the queries and their keys; lengths and tables are older.
+            gdc_wait()
         queries = tl.load(q + q_at[:, None] + dims[None, :], mask=mask, other=0.0)
         queries, factor = round_query(queries, COMPUTE)
         acc, maximum, total = attend_keys(

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.quantized_kv import GREATEST_VALUE, LEAST_AMAX, check_kv_scale
-from kernels.triton import num_multiprocessors
+from kernels.triton import has_dependent_launch, num_multiprocessors
 from kernels.triton.numbers import as_bits, encode_fp8, encode_int8, kind_of, scale_strides
 
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
@@ -122,6 +123,7 @@ def _launch(
     scale = v_scale
     block_size = 1 if cache is None else cache.shape[1]
     rows = _rows_a_program(num_tokens, total, heads.device)
+    is_dependent = has_dependent_launch(heads.device)
     rope_kernel[(num_tokens, triton.cdiv(total, rows))](
         heads,
         positions,
@@ -156,7 +158,9 @@ def _launch(
         GREATEST=1.0 if cache is None else GREATEST_VALUE.get(cache.dtype, 1.0),
         SCALE_DIMS=0 if scale is None else scale.dim(),
         HAS_NORM_OFFSET=norm_offset != 0.0,
+        IS_DEPENDENT=is_dependent,
         num_warps=4 if rows * head_dim >= 2048 else 1,
+        **({"launch_pdl": True} if is_dependent else {}),
     )
 
 
@@ -274,6 +278,7 @@ def rope_kernel(
     GREATEST: tl.constexpr,
     SCALE_DIMS: tl.constexpr,
     HAS_NORM_OFFSET: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """Grid: (tokens, heads / ROWS). Keys follow the queries and values the keys."""
     token = tl.program_id(0).to(tl.int64)
@@ -288,6 +293,17 @@ def rope_kernel(
 
     is_half = is_head[:, None] & (half < HALF)[None, :]
     is_tail = is_head[:, None] & (tail < REST)[None, :]
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+    # Positions and slots are a step's inputs, older than the launch ahead, which wrote the rows.
+    if HALF > 0:
+        angles = cos_sin_ptr + tl.load(positions_ptr + token) * cos_stride + half
+        cos = tl.load(angles, mask=half < HALF, other=0.0)[None, :]
+        sin = tl.load(angles + HALF, mask=half < HALF, other=0.0)[None, :]
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + token)
+    if IS_DEPENDENT:
+        gdc_wait()
     first = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
     second = first
     rest = tl.zeros([ROWS, BLOCK_REST], tl.float32)
@@ -320,9 +336,6 @@ def rope_kernel(
                     rest = tl.where(chosen, x, rest)
 
     if HALF > 0:
-        angles = cos_sin_ptr + tl.load(positions_ptr + token) * cos_stride + half
-        cos = tl.load(angles, mask=half < HALF, other=0.0)[None, :]
-        sin = tl.load(angles + HALF, mask=half < HALF, other=0.0)[None, :]
         turned_first = first * cos - second * sin
         turned_second = second * cos + first * sin
         # Rounded to the model's precision, as what is read back from the projection would be.
@@ -338,8 +351,7 @@ def rope_kernel(
         place = rows[:, None] + 2 * HALF + tail[None, :]
         tl.store(place, rest.to(dtype), mask=is_tail & is_rotated[:, None])
 
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + token)
+    if slots_ptr is not None:  # noqa: SIM102 - known when it is compiled, the other is not
         if slot >= 0:
             block = slot // PAGE
             offset = slot % PAGE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import RowNorm
 from kernels.linear import PackedLinear
 from techniques.fused_kernels.ops import unsupported_reasons
 from workbench.core.errors import ConfigError
@@ -22,9 +23,12 @@ class SkinnyLinearConfig:
     ----------
     max_rows
         Most rows that the kernel takes; products of more are dense. In fp32 it takes one at most.
+    fuse_one_row
+        Whether a step of one token has its norms, activations and additions in its products.
     """
 
     max_rows: int = 16
+    fuse_one_row: bool = True
 
 
 class SkinnyLinear(DenseLinear):
@@ -52,16 +56,42 @@ class SkinnyLinear(DenseLinear):
         if x.shape[0] > most:
             self._dense += 1
             return super().apply(layer, x)
+        self._skinny += 1
+        weight, bias = layer.state.weight, layer.state.bias
+        if x.shape[0] == 1:
+            from kernels.triton.gemv import gemv
+
+            return gemv(x, weight, bias)
         from kernels.triton.skinny_gemm import skinny_linear
 
-        self._skinny += 1
-        return skinny_linear(x, layer.state.weight, layer.state.bias)
+        return skinny_linear(x, weight, bias)
+
+    def fuses(self, num_tokens: int) -> bool:
+        return num_tokens == 1 and self.config.fuse_one_row
+
+    def apply_normed(
+        self, layer: LinearLayer, x: torch.Tensor, norm: RowNorm, activation: str | None = None
+    ) -> torch.Tensor:
+        from kernels.triton.gemv import gemv
+
+        self._fused += 1
+        return gemv(x, layer.state.weight, layer.state.bias, norm=norm, activation=activation)
+
+    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
+        from kernels.triton.gemv import gemv
+
+        self._fused += 1
+        gemv(x, layer.state.weight, layer.state.bias, residual=residual)
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         return unsupported_reasons(device, dtype)
 
     def counters(self) -> dict[str, float]:
-        return {"skinny_calls": self._skinny, "dense_calls": self._dense}
+        return {
+            "skinny_calls": self._skinny + self._fused,
+            "fused_calls": self._fused,
+            "dense_calls": self._dense,
+        }
 
     def reset_counters(self) -> None:
-        self._skinny = self._dense = 0
+        self._skinny = self._fused = self._dense = 0

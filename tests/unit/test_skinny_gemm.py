@@ -25,13 +25,15 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the head of one of them is tied
-def test_tokens_are_those_of_the_engine_without_it(family: str) -> None:
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])  # some heads are tied
+def test_tokens_are_those_of_the_engine_without_it(family: str, is_fused: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = (f"engine/platform={device}", "engine/scheduler=continuous")
     model = tiny_model(family)
     plain = tiny_engine(*options, model=model)
-    skinny = tiny_engine(*options, model=model, techniques=["skinny_gemm"])
+    fused = f"engine.linear.fuse_one_row={str(is_fused).lower()}"
+    skinny = tiny_engine(*options, fused, model=model, techniques=["skinny_gemm"])
     prompts = mixed_prompts(3, longest=8)
     # Of different lengths, so that one request is left: in fp32 the kernel takes single rows.
     sampling = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 3, 6)]
@@ -40,6 +42,7 @@ def test_tokens_are_those_of_the_engine_without_it(family: str) -> None:
     counts = skinny.counters()
     assert counts["linear.skinny_calls"] > 0
     assert counts["linear.dense_calls"] > 0
+    assert (counts["linear.fused_calls"] > 0) == is_fused
 
 
 def test_reasons_name_the_device_and_the_dtype() -> None:

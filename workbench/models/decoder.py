@@ -21,8 +21,11 @@ from workbench.slots.parallel import Parallel, SingleDevice
 
 ApplyLinear = Callable[[LinearLayer, torch.Tensor], torch.Tensor]
 
-#: By the name that configs have for it, the method of :class:`Ops`.
-_ACTIVATIONS = {"silu": "silu_and_mul", "gelu_pytorch_tanh": "gelu_tanh_and_mul"}
+#: By the name that configs have for it, its own name, and the method of :class:`Ops`.
+_ACTIVATIONS = {
+    "silu": ("silu", "silu_and_mul"),
+    "gelu_pytorch_tanh": ("gelu_tanh", "gelu_tanh_and_mul"),
+}
 
 
 class DecoderLayer:
@@ -59,9 +62,8 @@ class DecoderLayer:
         self.q_norm: torch.Tensor | None = None
         self.k_norm: torch.Tensor | None = None
         self.ops = ops
-        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(
-            ops, _ACTIVATIONS[spec.activation]
-        )
+        self.activation_name, method = _ACTIVATIONS[spec.activation]
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(ops, method)
         self.all_reduce = all_reduce
 
         def linear(name: str, width: int, bias: bool, **shards: int) -> LinearLayer:
@@ -96,8 +98,29 @@ class DecoderLayer:
     ) -> torch.Tensor:
         """Run the layer on normed ``x[T, H]``; what comes back is still to be added to
         ``residual[T, H]``, to which attention's output has been added in place."""
+        x = self._attend(apply(self.qkv_proj, x), context)
+        x = self.all_reduce(apply(self.o_proj, x), "tp")
+        x = self.add_attention(x, residual)
+        x = self.activation(apply(self.gate_up_proj, x))
+        return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
+
+    def forward_fused(
+        self, residual: torch.Tensor, context: ForwardContext, linear: LinearMethod
+    ) -> None:
+        """The whole layer, norms included, on ``residual[T, H]`` in place; what stands between the
+        products is theirs."""
+        qkv = linear.apply_normed(self.qkv_proj, residual, self._norm(self.attention_norm))
+        linear.apply_add_(self.o_proj, self._attend(qkv, context), residual)
+        norm = self._norm(self.mlp_norm)
+        x = linear.apply_normed(self.gate_up_proj, residual, norm, self.activation_name)
+        linear.apply_add_(self.down_proj, x, residual)
+
+    def _norm(self, weight: torch.Tensor) -> kernels.RowNorm:
+        return kernels.RowNorm(weight, self.eps, self.offset)
+
+    def _attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Attention's output ``[T, Hq * D]``; keys and values go to the pool."""
         batch = context.batch
-        qkv = apply(self.qkv_proj, x)
         q = context.pool.rotate_and_write(
             self.index,
             qkv,
@@ -107,10 +130,7 @@ class DecoderLayer:
             self.rope,
         )
         x = context.attention.forward(q, self.attention, context.metadata, context.pool)
-        x = self.all_reduce(apply(self.o_proj, x.flatten(1)), "tp")
-        x = self.add_attention(x, residual)
-        x = self.activation(apply(self.gate_up_proj, x))
-        return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
+        return x.flatten(1)
 
     def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add attention's output to the residual in place; the feed-forward block's input."""
@@ -181,6 +201,9 @@ class Decoder:
             layer_class(spec, index, names, self.ops, self.parallel.all_reduce)
             for index in range(spec.num_layers)
         ]
+        # A layer that norms what its products give, or whose sums lie on several devices, cannot
+        # add them to the residual as they come.
+        self._can_fuse = spec.norm_style == "pre" and isinstance(self.parallel, SingleDevice)
         head = names.embedding if spec.tie_word_embeddings else names.head
         self.lm_head = LinearLayer(
             "lm_head", spec.hidden_size, spec.vocab_size, ((head, spec.vocab_size),)
@@ -213,9 +236,13 @@ class Decoder:
             The residual stream **before** the final norm. Norm and head run in
             :meth:`compute_logits`, so that they only see the rows whose logits are wanted.
         """
+        residual = self.embed(batch.input_ids)
+        if self._can_fuse and self.linear.fuses(len(residual)) and not self.adapters.active:
+            for layer in self.layers:
+                layer.forward_fused(residual, context, self.linear)
+            return residual
         apply = self._apply_adapted if self.adapters.active else self.linear.apply
         eps, offset = self.spec.norm_eps, self.spec.norm_offset
-        residual = self.embed(batch.input_ids)
         x = self.ops.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
             x = layer.forward(x, residual, context, apply)
@@ -230,7 +257,12 @@ class Decoder:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[L, V]`` in the model's dtype, from rows ``[L, H]`` of :meth:`forward`."""
-        logits = self.linear.apply(self.lm_head, self.normalize(hidden))
+        if self.linear.fuses(len(hidden)):
+            spec = self.spec
+            norm = kernels.RowNorm(self.final_norm, spec.norm_eps, spec.norm_offset)
+            logits = self.linear.apply_normed(self.lm_head, hidden, norm)
+        else:
+            logits = self.linear.apply(self.lm_head, self.normalize(hidden))
         cap = self.spec.logit_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 

@@ -61,6 +61,28 @@ class LinearMethod(Component):
     def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
         """``x[T, in_features]`` to ``[T, out_features]``."""
 
+    # -- products with their neighbours -----------------------------------------------------------
+
+    def fuses(self, num_tokens: int) -> bool:
+        """Whether the products of a step of so many tokens take the norm in front of them and what
+        follows them into their own launches; only then are the three methods below called."""
+        return False
+
+    def apply_normed(
+        self,
+        layer: LinearLayer,
+        x: torch.Tensor,
+        norm: kernels.RowNorm,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """``apply`` of the norm of ``x[T, in_features]``; with an activation (``silu``,
+        ``gelu_tanh``), that of the first half of the output times the second half."""
+        raise NotImplementedError
+
+    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add what ``apply`` gives to ``residual[T, out_features]`` in place."""
+        raise NotImplementedError
+
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         """Why it cannot serve a model of ``dtype`` on ``device``; empty when it can."""
         return []
