@@ -43,8 +43,8 @@ from kernels.triton.gemv import GemvTiling, choose_tiling, gemv
 
 Tilings = dict[str, GemvTiling]
 
-#: A residual, and calls that each run one layer on it in place.
-Chain = tuple[Tensor, list[Callable[[], Tensor]]]
+#: What puts the residual back, and calls that each run one layer on it in place.
+Chain = tuple[Callable[[], Tensor], list[Callable[[], Tensor]]]
 
 #: block_n, block_k, num_warps, num_stages
 SHAPES = (
@@ -143,13 +143,19 @@ class Layers:
 
     def fused(self, tilings: Tilings) -> Chain:
         residual = self.hidden.clone()
-        return residual, [partial(run_fused, w, self.norm, residual, tilings) for w in self.weights]
+        calls = [partial(run_fused, w, self.norm, residual, tilings) for w in self.weights]
+        return partial(residual.copy_, self.hidden), calls
 
     def apart(self, product: Callable[..., Tensor]) -> Chain:
         """The same with a launch for each op; a layer's last one norms for the next."""
         from kernels.triton.norm import rms_norm
 
-        residual, normed = self.hidden.clone(), {}
+        residual = self.hidden.clone()
+        normed: dict[str, Tensor] = {}
+
+        def reset() -> Tensor:
+            normed.clear()
+            return residual.copy_(self.hidden)
 
         def call(weights: dict[str, Tensor]) -> Tensor:
             hidden = normed.pop("x", None)
@@ -159,7 +165,7 @@ class Layers:
             normed["x"] = run_layer(products, weights, self.norm, hidden, residual, True)
             return residual
 
-        return residual, [partial(call, w) for w in self.weights]
+        return reset, [partial(call, w) for w in self.weights]
 
 
 def tune(layers: Layers, tilings: Tilings, report: Report, label: str) -> Tilings:
@@ -195,8 +201,7 @@ def measure(
     layers: Layers, kinds: dict[str, Chain], label: str, report: Report, replays: int
 ) -> None:
     truth = None
-    for kind, (residual, calls) in kinds.items():
-        reset = partial(residual.copy_, layers.hidden)
+    for kind, (reset, calls) in kinds.items():
         reset()
         alone = calls[0]().clone()
         in_graph = last_of_graph([reset, calls[0]])
