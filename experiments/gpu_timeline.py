@@ -1,11 +1,13 @@
 """Where does a step's time go on the GPU?
 
     python -m experiments.gpu_timeline [model=qwen3-0.6b] [requests=1] [context=512] [trace=FILE]
+    python -m experiments.gpu_timeline phase=prefill requests=16 context=2048 steps=4
 
-Brings requests to a steady step of single tokens with random weights, records some steps with
-torch's profiler, and prints how long each kernel ran in a step, how often, and how long the GPU
-had nothing to do. ``trace=`` writes the recording for Perfetto or chrome://tracing. Everything else
-on the command line goes to Hydra, over ``preset=gpu``.
+Brings requests to a steady step of single tokens with random weights, or begins with their prompts
+(``phase=prefill``), records some steps with torch's profiler, and prints how long each kernel ran
+in a step, how often, and how long the GPU had nothing to do. ``trace=`` writes the recording for
+Perfetto or chrome://tracing. Everything else on the command line goes to Hydra, over
+``preset=gpu``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class Options:
         Name or folder.
     requests, context
         Requests in the step, and tokens that each has at its start.
+    phase
+        ``decode``: steps of single tokens; ``prefill``: the first steps of the requests.
     steps
         Steps to record.
     trace
@@ -51,28 +55,51 @@ class Options:
     model: str = "qwen3-0.6b"
     requests: int = 1
     context: int = 512
+    phase: str = "decode"
     steps: int = 20
     trace: str = ""
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("decode", "prefill"):
+            raise ConfigError(f"phase={self.phase} must be decode or prefill.")
+
+
+def add_requests(engine: Engine, options: Options, name: str) -> None:
+    """Random prompts, which share nothing."""
+    num_tokens = 3 * options.steps + 20 if options.phase == "decode" else 1
+    ids = torch.randint(0, engine.parts.vocab_size, (options.requests, options.context))
+    for index, prompt in enumerate(ids.tolist()):
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        engine.add_request(prompt, params, f"{name}-{index}")
+
+
+def time_steps(engine: Engine, count: int) -> list[float]:
+    """Wall times of steps, in us."""
+    walls = []
+    for _ in range(count):
+        began = time.perf_counter()
+        engine.step()
+        walls.append((time.perf_counter() - began) * 1e6)
+    return walls
 
 
 def record_steps(engine: Engine, options: Options) -> tuple[list[dict[str, Any]], float]:
     """Events of the GPU in some steady steps, and the median wall time of one, in us, without the
     profiler."""
-    num_tokens = 3 * options.steps + 20
-    vocab = engine.parts.vocab_size
-    ids = torch.randint(0, vocab, (options.requests, options.context))
-    for index, prompt in enumerate(ids.tolist()):
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        engine.add_request(prompt, params, f"r{index}")
-    while len(engine.steps) < 2 or engine.steps[-1].num_requests < options.requests:
-        engine.step()
-    for _ in range(5):
-        engine.step()
-    walls = []
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        engine.step()
-        walls.append((time.perf_counter() - began) * 1e6)
+    if options.phase == "prefill":
+        # Twice alike: the first time for what is compiled and allocated once.
+        for name in ("warm", "timed"):
+            add_requests(engine, options, name)
+            walls = time_steps(engine, options.steps)
+            while engine.has_unfinished():
+                engine.step()
+        add_requests(engine, options, "recorded")
+    else:
+        add_requests(engine, options, "recorded")
+        while len(engine.steps) < 2 or engine.steps[-1].num_requests < options.requests:
+            engine.step()
+        time_steps(engine, 5)
+        walls = time_steps(engine, options.steps)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
         for _ in range(options.steps):
             engine.step()
@@ -110,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
         [f"model={options.model}", "weights=random", "preset=gpu", *overrides]
     )
     most = options.context + 3 * options.steps + 20
-    pool = options.requests * (most + 64) + 4096
+    pool = 3 * options.requests * (most + 64) + 4096
     limits = Limits(max(options.requests, 8), -(-most // 64) * 64, pool)
     engine = build_engine(engine_config(composed, limits))
     events, wall = record_steps(engine, options)
