@@ -162,7 +162,7 @@ def _weigh(source, index, vocab, low, high, last_tied, greatest, temperature, mi
 def sample_kernel(
     out,
     logits,
-    params,
+    settings,
     seeds,
     positions,
     stride,
@@ -177,10 +177,10 @@ def sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * stride
     lane = tl.arange(0, BLOCK)
-    temperature = tl.load(params + row)
-    top_k = tl.load(params + num_rows + row).to(tl.int32)
-    top_p = tl.load(params + 2 * num_rows + row)
-    min_p = tl.load(params + 3 * num_rows + row)
+    temperature = tl.load(settings + row)
+    top_k = tl.load(settings + num_rows + row).to(tl.int32)
+    top_p = tl.load(settings + 2 * num_rows + row)
+    min_p = tl.load(settings + 3 * num_rows + row)
 
     # The argmax, as kernels.triton.argmax has it, and the least finite logit.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
