@@ -72,7 +72,8 @@ def rung(options: dict[str, Any], config: EngineConfig, dtype: str, device: str)
     finally:
         backend.close()
         del backend
-        torch._dynamo.reset()  # compiled code holds graphs, and those their memory
+        if options.get("compile"):
+            torch._dynamo.reset()  # compiled code holds graphs, and those their memory
         peak.free_memory()
 
 

@@ -90,7 +90,7 @@ class Options:
     rounds: int = 2
     probes: int = 24
     epsilon: float = 1.0
-    seconds: float = 480.0
+    seconds: float = 420.0
     baselines: tuple[str, ...] = ("hf_naive", "hf_compiled")
     kv_tokens: int = 0
     results_dir: str = "results/local"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -15,6 +16,7 @@ from experiments.ablation_report import result_tables, rung_table
 from experiments.ablation_variants import Plan, Variant, plan_ablation
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import SLOTS
+from workbench.baselines.hf_model import versions
 from workbench.configuration import compose_config, load_markers
 from workbench.core.errors import ConfigError
 
@@ -138,6 +140,8 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("ablation")
+    tiny_model("llama", max_position_embeddings=MAX_POSITIONS)
+    gc.freeze()  # what that imported; every engine and every run of a rung collects garbage
     return *run(folder, "techniques=radix_cache,triton_attention"), folder
 
 
@@ -188,6 +192,7 @@ def test_a_rung_runs_the_engine_s_weights(
     (record,) = named(measured[1], "hf_naive").values()
     assert record["status"] == "ok", record.get("reason")
     assert record["backend"]["details"]["weights"] == "random"
+    assert record["backend"]["version"] == versions()
     assert record["total_tokens"] == 256
 
 
