@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks and measures the fast path on one CUDA device: captured steps, overlap, fused kernels, products of few rows.
-# usage: WORKBENCH_COMMIT=$(git rev-parse HEAD) OUT=folder scripts/gpu_fast_path.sh [checks|kernels|peak|timeline]...
+# usage: WORKBENCH_COMMIT=$(git rev-parse HEAD) OUT=folder scripts/gpu_fast_path.sh [PART]...
+# Parts: checks, kernels, peak, ablation, timeline.
 # Without a part, all of them. Records go to $OUT; every part runs whether or not the one before it failed, and the exit
 # status is that of the last one that did.
 set -uo pipefail
@@ -10,7 +11,7 @@ export PYTHONPATH=".:${PYTHONPATH:-}"
 status=0
 do_run() { echo "== $*"; local start=$SECONDS; "$@" || status=$?; echo "-- $((SECONDS - start)) s, status $status"; }
 
-for part in "${@:-checks kernels peak timeline}"; do
+for part in "${@:-checks kernels peak ablation timeline}"; do
     for name in $part; do
         case $name in
         checks)
@@ -28,13 +29,18 @@ for part in "${@:-checks kernels peak timeline}"; do
         peak)
             do_run python3 -m experiments.peak results_dir="$OUT"
             ;;
+        ablation)
+            for model in llama-3.1-8b qwen3-0.6b; do
+                do_run python3 -m experiments.gpu_ablation model="$model" results_dir="$OUT"
+            done
+            ;;
         timeline)
             for model in qwen3-0.6b llama-3.1-8b; do
                 do_run python3 -m experiments.gpu_timeline model="$model"
             done
             ;;
         *)
-            echo "no part '$name': checks, kernels, peak or timeline" >&2
+            echo "no part '$name': checks, kernels, peak, ablation or timeline" >&2
             exit 2
             ;;
         esac

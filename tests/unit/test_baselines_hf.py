@@ -350,7 +350,14 @@ def test_broken_folders_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_naive", "hf_static_batch", "hf_static_batch_best", "hf_continuous_batching"]
+    "name",
+    [
+        "hf_naive",
+        "hf_compiled",
+        "hf_static_batch",
+        "hf_static_batch_best",
+        "hf_continuous_batching",
+    ],
 )
 def test_the_configuration_builds_it(name: str, folder: Path) -> None:
     node = OmegaConf.load(CONFIGS / f"{name}.yaml")
