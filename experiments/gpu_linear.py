@@ -61,16 +61,11 @@ MODELS: dict[str, dict[str, tuple[int, int]]] = {
 LAYERS = {f"{m} {name}": shape for m, layers in MODELS.items() for name, shape in layers.items()}
 
 #: block_n, block_k, num_warps, num_stages, and how many such programs a multiprocessor holds.
-DOTS = (
+SHAPES = (
     (64, 64, 4, 5, 4), (64, 64, 4, 8, 2), (64, 128, 4, 3, 3), (64, 128, 4, 4, 2),
     (64, 128, 4, 5, 2), (64, 256, 4, 3, 1), (64, 256, 4, 5, 1), (128, 64, 4, 4, 3),
     (128, 64, 4, 6, 2), (128, 128, 4, 3, 2), (128, 128, 8, 3, 2), (128, 128, 8, 6, 1),
     (32, 128, 4, 4, 4), (32, 256, 4, 4, 2), (16, 256, 2, 4, 4), (32, 128, 2, 6, 3),
-)  # fmt: skip
-SUMS = (
-    (16, 256, 4, 1, 8), (16, 256, 4, 4, 6), (32, 256, 4, 1, 4), (32, 256, 4, 3, 5),
-    (16, 512, 4, 1, 4), (16, 512, 4, 3, 5), (8, 512, 4, 1, 8), (8, 512, 4, 4, 6),
-    (8, 1024, 8, 1, 4), (8, 1024, 4, 3, 5), (64, 128, 4, 4, 4), (4, 1024, 4, 1, 8),
 )  # fmt: skip
 
 
@@ -78,13 +73,10 @@ def candidates() -> list[SkinnyTiling]:
     """Cuts to try: shared out among as many programs as run at a time or twice as many, or one
     program a tile, and some with less and more asked of the L2 cache."""
     found = []
-    for shapes, is_dot in ((DOTS, True), (SUMS, False)):
-        for block_n, block_k, warps, stages, resident in shapes:
-            prefetched = max(1, (64 << 10) // (2 * block_n * block_k * resident))
-            for programs in (resident, 2 * resident, 0):
-                found.append(
-                    SkinnyTiling(block_n, block_k, warps, stages, programs, prefetched, is_dot)
-                )
+    for block_n, block_k, warps, stages, resident in SHAPES:
+        prefetched = max(1, (64 << 10) // (2 * block_n * block_k * resident))
+        for programs in (resident, 2 * resident, 0):
+            found.append(SkinnyTiling(block_n, block_k, warps, stages, programs, prefetched))
     for prefetched in (0, 4, 8):
         found.append(SkinnyTiling(64, 128, 4, 5, 2, prefetched))
     return found
@@ -156,26 +148,27 @@ def ours(tiling: SkinnyTiling | None = None, **options: Any) -> Callable[..., Te
     return partial(skinny_linear, tiling=tiling, **options)
 
 
-def build(tilings: Sequence[SkinnyTiling]) -> None:
+def build(tilings: Sequence[SkinnyTiling], rows: Sequence[int]) -> None:
     """Compile kernels, to be found on disk: run in processes of their own."""
-    x = torch.zeros(1, 4096, dtype=DTYPE, device=DEVICE)
     weight = torch.zeros(256, 4096, dtype=DTYPE, device=DEVICE)
     for tiling in tilings:
-        try:
-            skinny_linear(x, weight, tiling=tiling)
-        except Exception as error:  # too much shared memory, say: told again where it is timed
-            print(tiling, str(error)[:200])
+        for count in rows:
+            x = torch.zeros(count, 4096, dtype=DTYPE, device=DEVICE)
+            try:
+                skinny_linear(x, weight, tiling=tiling)
+            except Exception as error:  # too much shared memory, say: told where it is timed
+                print(tiling, str(error)[:200])
     torch.cuda.synchronize()
 
 
-def build_all(tilings: Sequence[SkinnyTiling], processes: int = 14) -> None:
+def build_all(tilings: Sequence[SkinnyTiling], rows: Sequence[int], processes: int = 14) -> None:
     kernels: dict[Any, SkinnyTiling] = {}
     for tiling in tilings:
         kernels.setdefault(tuple(v for k, v in asdict(tiling).items() if k != "programs"), tiling)
     chosen = list(kernels.values())
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=build, args=(chosen[i::processes],)) for i in range(processes)
+        context.Process(target=build, args=(chosen[i::processes], rows)) for i in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -206,9 +199,8 @@ class Report:
 
 
 def describe(tiling: SkinnyTiling) -> str:
-    kind = "dot" if tiling.is_dot else "sum"
     return (
-        f"{kind} {tiling.block_n}x{tiling.block_k} w{tiling.num_warps} s{tiling.num_stages}"
+        f"{tiling.block_n}x{tiling.block_k} w{tiling.num_warps} s{tiling.num_stages}"
         f" p{tiling.programs} f{tiling.prefetched}"
     )
 
@@ -224,7 +216,7 @@ def try_tiles(
     for count in (min(rows), max(rows)):
         timed = []
         for tiling in tilings:
-            if (count > 1 and not tiling.is_dot) or time.perf_counter() > deadline:
+            if time.perf_counter() > deadline:
                 continue
             facts = {"mode": "tiles", "implementation": "skinny_gemm", "tiling": asdict(tiling)}
             try:
@@ -240,13 +232,12 @@ def try_tiles(
         if timed:
             best[layer.name, count] = timed[0][1]
         if count == 1:  # with more rows, those that were fast with one
-            tilings = [tiling for _, tiling in timed if tiling.is_dot][:8]
-        for is_dot in (True, False):
-            for us, tiling in [pair for pair in timed if pair[1].is_dot == is_dot][:3]:
-                report.say(
-                    f"tiles {layer.name:13} T={count:<2} {us:8.2f} us"
-                    f" {layer.num_bytes / us / 1e6:6.3f} TB/s  {describe(tiling)}"
-                )
+            tilings = [tiling for _, tiling in timed][:8]
+        for us, tiling in timed[:3]:
+            report.say(
+                f"tiles {layer.name:13} T={count:<2} {us:8.2f} us"
+                f" {layer.num_bytes / us / 1e6:6.3f} TB/s  {describe(tiling)}"
+            )
     return best
 
 
@@ -376,7 +367,7 @@ def main(arguments: Sequence[str]) -> int:
     names = [n for n in LAYERS if not wanted or any(text in n for text in wanted)]
     rows = [int(n) for n in options.rows.split(",")]
     if options.tiles:
-        build_all(candidates())
+        build_all(candidates(), sorted({min(rows), max(rows)}))
         print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
     report = Report(options.out, machine())
     print(report.host, flush=True)

@@ -32,7 +32,7 @@ from kernels.triton import (
     num_multiprocessors,
 )
 
-MAX_ROWS = 32
+MAX_ROWS = 64
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 _MERGED = tl.constexpr(4)  # pieces whose sums are read together
 _MIN_COUNTERS = 1 << 14
@@ -55,8 +55,6 @@ class SkinnyTiling:
         Programs a multiprocessor; 0 for one program a tile, whose sums need no merging.
     prefetched
         Blocks that a program asks the L2 cache for while it waits for the launch before.
-    is_dot
-        Tensor cores; else multiply and add, for one row alone.
     """
 
     block_n: int
@@ -65,7 +63,6 @@ class SkinnyTiling:
     num_stages: int = 4
     programs: int = 2
     prefetched: int = 2
-    is_dot: bool = True
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -86,7 +83,6 @@ def skinny_gemm_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCHED: tl.constexpr,
-    IS_DOT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -122,34 +118,20 @@ def skinny_gemm_kernel(
         source = tl.minimum(feature, out_features - 1).to(tl.int64) * weight_stride
         places = (weight + source)[:, None] + column[None, :]
         x_places = x + token[:, None] * x_stride + column[None, :]
-        if IS_DOT:
-            acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            for k in tl.range(first, first + count, num_stages=STAGES):
-                at = k * BLOCK_K
-                if IS_EVEN:
-                    w = tl.load(places + at)
-                    values = tl.load(x_places + at, mask=is_token[:, None], other=0.0)
-                else:
-                    is_column = (at + column < in_features)[None, :]
-                    w = tl.load(places + at, mask=is_column, other=0.0)
-                    values = tl.load(x_places + at, mask=is_token[:, None] & is_column, other=0.0)
-                if IS_INTERPRETED:  # numpy has no bf16
-                    w = w.to(tl.float32)
-                    values = values.to(tl.float32)
-                acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
-        else:
-            products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for k in tl.range(first, first + count, num_stages=STAGES):
-                at = k * BLOCK_K
-                if IS_EVEN:
-                    w = tl.load(places + at)
-                    values = tl.load(x + at + column)
-                else:
-                    is_column = at + column < in_features
-                    w = tl.load(places + at, mask=is_column[None, :], other=0.0)
-                    values = tl.load(x + at + column, mask=is_column, other=0.0)
-                products += w.to(tl.float32) * values.to(tl.float32)[None, :]
-            acc = tl.sum(products, 1)[:, None]
+        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for k in tl.range(first, first + count, num_stages=STAGES):
+            at = k * BLOCK_K
+            if IS_EVEN:
+                w = tl.load(places + at)
+                values = tl.load(x_places + at, mask=is_token[:, None], other=0.0)
+            else:
+                is_column = (at + column < in_features)[None, :]
+                w = tl.load(places + at, mask=is_column, other=0.0)
+                values = tl.load(x_places + at, mask=is_token[:, None] & is_column, other=0.0)
+            if IS_INTERPRETED:  # numpy has no bf16
+                w = w.to(tl.float32)
+                values = values.to(tl.float32)
+            acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
         if count == blocks:
             _store(out, acc, bias, feature, token, is_token, out_features)
         else:
@@ -262,14 +244,12 @@ def skinny_linear(
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     if tiling is None:
         tiling = choose_tiling(out_features, in_features, num_tokens, x.dtype, x.device)
-    if not tiling.is_dot and num_tokens > 1:
-        raise ValueError("a tiling without tensor cores is for one row")
     tiles = triton.cdiv(out_features, tiling.block_n)
     num_programs = tiles
     if tiling.programs:
         blocks = tiles * triton.cdiv(in_features, tiling.block_k)
         num_programs = min(tiling.programs * num_multiprocessors(x.device), blocks)
-    block_t = max(16, triton.next_power_of_2(num_tokens)) if tiling.is_dot else 1
+    block_t = max(16, triton.next_power_of_2(num_tokens))
     parts, counters = _scratch(2 * num_programs * block_t * tiling.block_n, tiles, x.device)
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
@@ -296,7 +276,6 @@ def skinny_linear(
         BLOCK_K=tiling.block_k,
         STAGES=tiling.num_stages,
         PREFETCHED=tiling.prefetched if can_prefetch else 0,
-        IS_DOT=tiling.is_dot,
         IS_EVEN=in_features % tiling.block_k == 0,
         IS_INTERPRETED=is_interpreted(),
         IS_DEPENDENT=is_dependent,
@@ -312,20 +291,11 @@ def choose_tiling(
 ) -> SkinnyTiling:
     """The cut that suits a shape, as measured on an H100 (``experiments.gpu_linear --tiles``).
 
-    One row needs no tensor cores, and whole rows of the weight no merging: small tiles, as large
-    as still give every multiprocessor two or three. More rows are held in tiles of 64, of which a
-    small weight has too few for all multiprocessors: so they share its blocks out.
+    Rows of the weight are held in tiles of 64, of which a small weight has too few for all
+    multiprocessors: so they share its blocks out. (One row has a kernel of its own,
+    :mod:`kernels.triton.gemv`.)
     """
-    per_value = 2 if dtype == torch.float32 else 1  # columns are halved to take as many bytes
     multiprocessors = num_multiprocessors(device)
-    if num_tokens == 1:
-        most = 2 * out_features // (5 * multiprocessors)  # rows a tile
-        block_n, block_k, stages = (4, 1024, 1) if most < 8 else (8, 512, 4)
-        if most >= 16:
-            block_n, block_k, stages = 16, 512, 3
-        return SkinnyTiling(
-            block_n, block_k // per_value, 4, stages, programs=0, prefetched=1, is_dot=False
-        )
     if dtype == torch.float32:  # products without tensor cores, which would round the inputs
         return SkinnyTiling(32, 32, num_warps=4, num_stages=3, prefetched=0)
     if out_features >= 128 * multiprocessors or not has_large_shared_memory(device):

@@ -12,7 +12,7 @@ from techniques.fused_kernels.ops import unsupported_reasons
 from workbench.core.errors import ConfigError
 from workbench.slots.linear import DenseLinear, LinearLayer
 
-_MOST_ROWS = 32  # of the kernel
+_MOST_ROWS = 64  # of the kernel
 
 
 @dataclass(frozen=True, slots=True)

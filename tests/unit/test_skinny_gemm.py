@@ -57,7 +57,7 @@ def test_reasons_name_the_device_and_the_dtype() -> None:
         assert SkinnyLinear().unsupported_reasons(torch.device("cuda"), torch.bfloat16) == []
 
 
-@pytest.mark.parametrize("max_rows", [0, 33])
+@pytest.mark.parametrize("max_rows", [0, 65])
 def test_rows_that_the_kernel_does_not_take_are_refused(max_rows: int) -> None:
-    with pytest.raises(ConfigError, match=rf"max_rows={max_rows} must be from 1 to 32"):
+    with pytest.raises(ConfigError, match=rf"max_rows={max_rows} must be from 1 to 64"):
         SkinnyLinear(SkinnyLinearConfig(max_rows=max_rows))
