@@ -34,13 +34,21 @@ for part in "${@:-checks kernels peak ablation timeline}"; do
                 do_run python3 -m experiments.gpu_ablation model="$model" results_dir="$OUT"
             done
             ;;
+        sanitize)
+            # Without torch's caching of memory, so that an access beyond a tensor is one beyond an allocation.
+            for tool in memcheck racecheck; do
+                do_run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                    python3 -m pytest -q -x -p no:cacheprovider -k "dtype1 or cut" \
+                    tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py
+            done
+            ;;
         timeline)
             for model in qwen3-0.6b llama-3.1-8b; do
                 do_run python3 -m experiments.gpu_timeline model="$model"
             done
             ;;
         *)
-            echo "no part '$name': checks, kernels, peak, ablation or timeline" >&2
+            echo "no part '$name': checks, kernels, sanitize, peak, ablation or timeline" >&2
             exit 2
             ;;
         esac
