@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks and measures the fast path on one CUDA device: captured steps, overlap, fused kernels, products of few rows.
 # usage: WORKBENCH_COMMIT=$(git rev-parse HEAD) OUT=folder scripts/gpu_fast_path.sh [PART]...
-# Parts: checks, kernels, peak, ablation, timeline.
-# Without a part, all of them. Records go to $OUT; every part runs whether or not the one before it failed, and the exit
+# Parts: checks, kernels, sanitize, peak, ablation, timeline.
+# Without a part, all of them but sanitize, which takes long. Records go to $OUT; every part runs whether or not the one before it failed, and the exit
 # status is that of the last one that did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
