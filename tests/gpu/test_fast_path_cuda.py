@@ -21,7 +21,7 @@ FAST = ("preset=gpu",)
 UNOVERLAPPED = (
     "engine/platform=cuda",
     "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention,cuda_graphs,"
-    "fused_kernels]",
+    "fused_kernels,skinny_gemm]",
 )
 PLAIN = (
     "engine/platform=cuda",
