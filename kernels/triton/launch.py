@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import triton
@@ -35,6 +36,7 @@ _TRITON_RUN = JITFunction.run
 
 #: Launches through Triton, by why.
 through_triton: Counter[str] = Counter()
+_only_triton = [False]
 
 
 class Launcher:
@@ -170,6 +172,17 @@ def dependent_options(is_dependent: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if is_dependent else {}
 
 
+@contextmanager
+def only_triton() -> Iterator[None]:
+    """Have every launch be Triton's own, to compare with."""
+    before = _only_triton[0]
+    _only_triton[0] = True
+    try:
+        yield
+    finally:
+        _only_triton[0] = before
+
+
 def describe() -> str:
     """One line: how many launches went through Triton since the start, and why."""
     parts = [f"{count} {reason}" for reason, count in through_triton.most_common()]
@@ -200,6 +213,7 @@ def _is_watched(kernel: Any) -> bool:
         or kernel.pre_run_hooks
         or getattr(runtime, "add_stages_inspection_hook", None) is not None  # 3.7
         or "instrumentation_mode" in vars(knobs.compilation)
+        or _only_triton[0]
         or JITFunction.run is not _TRITON_RUN  # replaced: compile_ahead records launches so
     )
 
@@ -213,7 +227,7 @@ def _why_not_directly(kernel: Any, compiled: Any, tensors: tuple[Tensor | None, 
     if not isinstance(kernel, JITFunction):
         return "interpreted"
     if _is_watched(kernel):
-        return "watched by hooks or for debugging"
+        return "watched by hooks, for debugging or to compare"
     if not all(t is None or t.is_cuda for t in tensors):
         return "not on a GPU"
     if triton.__version__.rpartition(".")[0] not in VERSIONS:

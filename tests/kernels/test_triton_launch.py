@@ -248,7 +248,9 @@ def test_hooks_and_debugging_are_left_to_triton(
         check(0)
     assert not driver.launches[-2].metadata.debug
     assert driver.launches[-1].metadata.debug
-    assert launch.through_triton["watched by hooks or for debugging"] == 5
+    with launch.only_triton():
+        check(0)
+    assert launch.through_triton["watched by hooks, for debugging or to compare"] == 6
     assert_alike(driver, lambda: run(*tensors), first=False)
     assert not driver.launches[-1].metadata.debug
 
