@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +33,14 @@ from triton.runtime.jit import JITFunction
 #: Of these, ``CompiledKernel.run`` and what decides on the kernel of a launch were read.
 VERSIONS = ("3.6", "3.7")
 MAX_LAYOUTS = 1024  # of an op; so many more would be no repetition
+_MAX_THREADS = 16
 _ALIGNMENT = 16  # bytes; Triton tells addresses that it divides from others
 _TRITON_RUN = JITFunction.run
 
 #: Launches through Triton, by why.
 through_triton: Counter[str] = Counter()
 _only_triton = [False]
+_only_compiles = [False]
 
 
 class Launcher:
@@ -65,8 +69,8 @@ class Launcher:
     compiles.
     """
 
-    __slots__ = ("_arguments", "_constants", "_grid", "_kernel", "_numbers", "_ready", "_seen_as",
-                 "num_direct", "scratch")  # fmt: skip
+    __slots__ = ("_arguments", "_constants", "_grid", "_is_compiled", "_kernel", "_numbers",
+                 "_ready", "_seen_as", "num_direct", "scratch")  # fmt: skip
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Launcher:
         self._constants = constants
         self._ready: dict[Any, tuple[Any, Any, tuple[Any, ...]]] = {}
         self._arguments: tuple[Any, ...] = ()
+        self._is_compiled = False
         self.scratch = scratch
         #: How often it has launched without Triton.
         self.num_direct = 0
@@ -104,7 +109,14 @@ class Launcher:
 
     def _run_through_triton(self, tensors: tuple[Tensor | None, ...]) -> None:
         seen_as = self._seen_as
+        if _only_compiles[0] and self._is_compiled:
+            return
         seen = [t if t is None or seen_as is None else seen_as(t) for t in tensors]
+        if _only_compiles[0] and isinstance(self._kernel, JITFunction):
+            arguments = (*seen, *self._numbers)
+            self._kernel.warmup(*arguments, grid=self._grid, **self._constants)
+            self._is_compiled = True
+            return
         compiled = self._kernel[self._grid](*seen, *self._numbers, **self._constants)
         reason = _why_not_directly(self._kernel, compiled, tensors)
         through_triton[reason or "first of its layout"] += 1
@@ -181,6 +193,25 @@ def only_triton() -> Iterator[None]:
         yield
     finally:
         _only_triton[0] = before
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Have launches of layouts not met before compile and nothing else, all at once, in threads.
+
+    Their outputs hold whatever was in memory. At the end all is compiled; what could not be is an
+    error when it is launched. What launches otherwise than through :class:`planned` runs as ever.
+    """
+    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    before = _only_compiles[0]
+    # An error is raised again by the kernel's launch; raised here, it would leave the mode on.
+    mode = functools.partial(triton.AsyncCompileMode, ignore_errors=True)
+    with ThreadPoolExecutor(threads) as pool, mode(pool):
+        _only_compiles[0] = True
+        try:
+            yield
+        finally:
+            _only_compiles[0] = before
 
 
 def describe() -> str:

@@ -255,6 +255,40 @@ def test_hooks_and_debugging_are_left_to_triton(
     assert not driver.launches[-1].metadata.debug
 
 
+def test_kernels_are_compiled_together_and_not_launched(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = planned(lambda out, x, y, block: Launcher(scale_kernel, (2,), 0.5, 60, 3, BLOCK=block))
+    tensors = (vector(), vector(), None)
+    compiled: list[str] = []
+
+    def note(*, repr: str, **_: Any) -> None:
+        compiled.append(repr)
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    with launch.compiled_together():
+        for block in (16, 32, 64, 32):
+            op(tensors, block)
+            op(tensors, block)
+    assert not driver.launches
+    assert len(compiled) == 3
+    for block in (16, 32, 64):
+        assert_alike(driver, lambda b=block: op(tensors, b))  # type: ignore[misc]
+    assert len(compiled) == 3
+    assert len({one.metadata.hash for one in driver.launches}) == 3
+
+
+def test_what_does_not_compile_is_an_error_of_the_launch(driver: FakeDriver) -> None:
+    run = Launcher(scale_kernel, (2,), 0.5, 60, 3, BLOCK=48)
+    with launch.compiled_together():
+        run(vector(), vector(), None)
+    for _ in range(2):
+        with pytest.raises(Exception, match="power of 2"):
+            run(vector(), vector(), None)
+    Launcher(scale_kernel, (2,), 0.5, 60, 3)(vector(), vector(), None)
+    assert len(driver.launches) == 1
+
+
 def test_recorded_launches_do_not_run(driver: FakeDriver) -> None:
     from kernels.triton.compile_ahead import record_launches
 
