@@ -167,12 +167,13 @@ def paged_attend(
         raise ValueError(f"sliding_window must be at least 1 (or None), not {sliding_window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive (or None), not {soft_cap}")
-    check_caches(q, k_cache, v_cache, k_scale, v_scale)
     is_plain = not is_quantized(k_cache) and key_start is None and not return_lse
     if implementation == "auto":
         implementation = _choose(q, is_plain, soft_cap)
     else:
         _check_implementation(implementation, q, is_plain, soft_cap)
+    if implementation != "triton":  # which does so itself, once for shapes that repeat
+        check_caches(q, k_cache, v_cache, k_scale, v_scale)
     pages = as_int32(block_table, query_start_loc, seq_lens)  # nothing to do as a rule
     if implementation == "native":
         from kernels.cpu import attention

@@ -24,6 +24,7 @@ for part in "${@:-checks kernels peak ablation timeline}"; do
         kernels)
             do_run python3 -m experiments.gpu_fused --out "$OUT/fused.jsonl"
             do_run python3 -m experiments.gpu_gemv --out "$OUT/gemv.jsonl"
+            do_run python3 -m experiments.gpu_launch
             do_run python3 -m experiments.gpu_linear --chain --rows 1,16 --out "$OUT/linear.jsonl"
             ;;
         peak)

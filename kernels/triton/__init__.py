@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ def unsupported_reason(x: Tensor) -> str | None:
     if x.is_cuda or is_interpreted():
         return None
     return f"Triton needs a CUDA tensor, not one on {x.device} (or TRITON_INTERPRET=1, for tests)"
+
+
+def compiled_together() -> AbstractContextManager[None]:
+    """Where Triton is installed, :func:`kernels.triton.launch.compiled_together`."""
+    if not HAS_TRITON:
+        return nullcontext()
+    from kernels.triton import launch
+
+    return launch.compiled_together()
 
 
 @functools.lru_cache

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
@@ -34,26 +35,30 @@ def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
 
 def _gated(gate_up: Tensor, is_gelu: bool) -> Tensor:
     num_rows, width = gate_up.shape
-    assert width % 2 == 0 and (gate_up.stride(1) == 1 or gate_up.numel() == 0)
-    inner = width // 2
-    out = torch.empty(num_rows, inner, dtype=gate_up.dtype, device=gate_up.device)
-    if out.numel() == 0:
-        return out
+    out = torch.empty(num_rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        _activation((out, gate_up), is_gelu)
+    return out
+
+
+@planned
+def _activation(out: Tensor, gate_up: Tensor, is_gelu: bool) -> Launcher:
+    assert gate_up.shape[1] % 2 == 0 and gate_up.stride(1) == 1
+    num_rows, inner = out.shape
     is_few = num_rows * triton.cdiv(inner, _MANY) < 4 * num_multiprocessors(gate_up.device)
     block = _FEW if is_few else _MANY
     is_dependent = has_dependent_launch(gate_up.device)
-    gated_kernel[(num_rows * triton.cdiv(inner, block),)](
-        out,
-        gate_up,
+    return Launcher(
+        gated_kernel,
+        (num_rows * triton.cdiv(inner, block),),
         gate_up.stride(0),
         inner,
         IS_GELU=is_gelu,
         BLOCK=block,
         IS_DEPENDENT=is_dependent,
         num_warps=block // 256,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **dependent_options(is_dependent),
     )
-    return out
 
 
 @triton.jit

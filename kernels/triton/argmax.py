@@ -8,6 +8,7 @@ a row. Launches depend on shapes alone: they can be captured. Semantics: :mod:`k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 _BLOCK = 2048  # values a program looks at together
 _MAX_PIECES = 128
@@ -29,20 +31,33 @@ def argmax(logits: Tensor) -> Tensor:
     num_rows, vocab = logits.shape
     if vocab == 0:
         raise ValueError("argmax of rows without a value")
-    assert logits.stride(1) == 1 or vocab == 1
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    if num_rows == 0:
-        return out
-    wanted = triton.cdiv(_PROGRAMS * num_multiprocessors(logits.device), num_rows)
+    if num_rows:
+        share, num_pieces = _cut(num_rows, vocab, logits.device)
+        keys = out if num_pieces == 1 else out.new_empty(num_rows, num_pieces)
+        _argmax((keys, logits), share, num_pieces)
+        if num_pieces > 1:
+            _join((out, keys), num_pieces)
+    return out
+
+
+@functools.lru_cache
+def _cut(num_rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """Blocks that a program takes of a row, and programs that a row takes."""
+    wanted = triton.cdiv(_PROGRAMS * num_multiprocessors(device), num_rows)
     num_blocks = triton.cdiv(vocab, _BLOCK)
     share = triton.cdiv(num_blocks, min(wanted, _MAX_PIECES, num_blocks))
-    num_pieces = triton.cdiv(num_blocks, share)  # none without a value
-    keys = out if num_pieces == 1 else out.new_empty(num_rows, num_pieces)
+    return share, triton.cdiv(num_blocks, share)  # no piece is without a value
+
+
+@planned
+def _argmax(_keys: Tensor, logits: Tensor, share: int, num_pieces: int) -> Launcher:
+    num_rows, vocab = logits.shape
+    assert logits.stride(1) == 1 or vocab == 1
     is_dependent = has_dependent_launch(logits.device)
-    options = {"launch_pdl": True} if is_dependent else {}
-    argmax_kernel[(num_rows, num_pieces)](
-        keys,
-        logits,
+    return Launcher(
+        argmax_kernel,
+        (num_rows, num_pieces),
         logits.stride(0),
         vocab,
         share,
@@ -51,19 +66,22 @@ def argmax(logits: Tensor) -> Tensor:
         BLOCK=_BLOCK,
         IS_DEPENDENT=is_dependent,
         num_warps=8,
-        **options,
+        **dependent_options(is_dependent),
     )
-    if num_pieces > 1:
-        join_argmax_kernel[(num_rows,)](
-            out,
-            keys,
-            num_pieces,
-            BLOCK=_MAX_PIECES,
-            IS_DEPENDENT=is_dependent,
-            num_warps=1,
-            **options,
-        )
-    return out
+
+
+@planned
+def _join(out: Tensor, _keys: Tensor, num_pieces: int) -> Launcher:
+    is_dependent = has_dependent_launch(out.device)
+    return Launcher(
+        join_argmax_kernel,
+        (len(out),),
+        num_pieces,
+        BLOCK=_MAX_PIECES,
+        IS_DEPENDENT=is_dependent,
+        num_warps=1,
+        **dependent_options(is_dependent),
+    )
 
 
 @triton.jit

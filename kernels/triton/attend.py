@@ -199,7 +199,10 @@ def products_dtype(q: Tensor, cache: Tensor) -> tl.dtype:
 def cache_views(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, str]:
     """Caches as the kernels take them, 8-bit values in pairs, and what they hold (``KIND``)."""
     assert k_cache.stride(3) == v_cache.stride(3) == 1
-    if not is_quantized(k_cache):
-        return k_cache, v_cache, "plain"
-    kind = "int8" if k_cache.dtype == torch.int8 else "fp8"
-    return k_cache.view(torch.int16), v_cache.view(torch.int16), kind
+    kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(k_cache.dtype, "plain")
+    return as_pairs(k_cache), as_pairs(v_cache), kind
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """8-bit values as pairs in 16-bit integers; anything else as it is."""
+    return x.view(torch.int16) if is_quantized(x) else x

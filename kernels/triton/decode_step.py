@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.launch import Launcher, planned
+
 _COLUMNS = 256  # of a block table, copied at a time
 
 
@@ -79,18 +81,29 @@ def gather_decode_inputs(
     batch_block_table: Tensor,
 ) -> None:
     """:func:`kernels.decode_step.gather_decode_inputs`."""
-    if not len(rows):
-        return
-    gather_decode_inputs_kernel[(len(rows),)](
-        rows,
-        token_ids,
-        num_computed_tokens,
-        block_table,
-        input_ids,
-        positions,
-        seq_lens,
-        slot_mapping,
-        batch_block_table,
+    if len(rows):
+        requests = (rows, token_ids, num_computed_tokens, block_table)
+        _gather(
+            (*requests, input_ids, positions, seq_lens, slot_mapping, batch_block_table), block_size
+        )
+
+
+@planned
+def _gather(
+    rows: Tensor,
+    token_ids: Tensor,
+    _num_computed_tokens: Tensor,
+    block_table: Tensor,
+    _input_ids: Tensor,
+    _positions: Tensor,
+    _seq_lens: Tensor,
+    _slot_mapping: Tensor,
+    batch_block_table: Tensor,
+    block_size: int,
+) -> Launcher:
+    return Launcher(
+        gather_decode_inputs_kernel,
+        (len(rows),),
         token_ids.stride(0),
         block_table.stride(0),
         batch_block_table.stride(0),
@@ -108,14 +121,21 @@ def store_decoded(
     num_computed_tokens: Tensor,
 ) -> None:
     """:func:`kernels.decode_step.store_decoded`."""
-    if not len(rows):
-        return
-    store_decoded_kernel[(len(rows),)](
-        rows,
-        positions,
-        new_ids,
-        token_ids,
-        num_computed_tokens,
+    if len(rows):
+        _store((rows, positions, new_ids, token_ids, num_computed_tokens))
+
+
+@planned
+def _store(
+    rows: Tensor,
+    _positions: Tensor,
+    _new_ids: Tensor,
+    token_ids: Tensor,
+    _num_computed_tokens: Tensor,
+) -> Launcher:
+    return Launcher(
+        store_decoded_kernel,
+        (len(rows),),
         token_ids.stride(0),
         token_ids.shape[0] - 1,
         num_warps=1,

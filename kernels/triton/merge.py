@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.launch import Launcher, planned
 from kernels.triton.tiles import LN_2, LOG2_E, merge_pair
 
 _ROWS = 4  # a program
@@ -66,24 +67,27 @@ def merge_stacked(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _merge(
     out_a: Tensor, lse_a: Tensor, outs: Tensor, lses: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    head_dim, num_rows = out_a.shape[-1], lse_a.numel()
     out, lse = torch.empty_like(out_a, dtype=dtype), torch.empty_like(lse_a)
-    if num_rows:
-        merge_states_kernel[(triton.cdiv(num_rows, _ROWS),)](
-            out,
-            lse,
-            out_a,
-            lse_a,
-            outs,
-            lses,
-            num_rows,
-            len(outs),
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            ROWS=_ROWS,
-            num_warps=2,
-        )
+    if lse.numel():
+        _states((out, lse, out_a, lse_a, outs, lses))
     return out, lse
+
+
+@planned
+def _states(
+    out: Tensor, lse: Tensor, _out_a: Tensor, _lse_a: Tensor, outs: Tensor, _lses: Tensor
+) -> Launcher:
+    head_dim, num_rows = out.shape[-1], lse.numel()
+    return Launcher(
+        merge_states_kernel,
+        (triton.cdiv(num_rows, _ROWS),),
+        num_rows,
+        len(outs),
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        ROWS=_ROWS,
+        num_warps=2,
+    )
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton import has_dependent_launch, num_multiprocessors
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 MAX_HIDDEN = 16384
 _TILE = 1024  # values that a program of short rows takes
@@ -24,9 +25,9 @@ _TILE = 1024  # values that a program of short rows takes
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """See :func:`kernels.norm.rms_norm`."""
-    assert x.dim() in (2, 3) and x.stride(-1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, x, None, weight, eps, offset)
+    if out.numel():
+        _norm((out, x, None, weight), eps, offset)
     return out
 
 
@@ -34,23 +35,25 @@ def add_rms_norm_(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> Tensor:
     """See :func:`kernels.norm.add_rms_norm_`."""
-    assert x.dim() == 2 and x.shape == residual.shape and x.dtype == residual.dtype
-    assert x.stride(1) == residual.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, x, residual, weight, eps, offset)
+    if out.numel():
+        _norm((out, x, residual, weight), eps, offset)
     return out
 
 
-def _launch(
+@planned
+def _norm(
     out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
-) -> None:
+) -> Launcher:
+    assert x.dim() in (2, 3) and x.stride(-1) == 1
+    if residual is not None:
+        assert x.dim() == 2 and x.shape == residual.shape and x.dtype == residual.dtype
+        assert residual.stride(1) == 1
     hidden = x.shape[-1]
-    num_rows = out.numel() // hidden if hidden else 0
     assert weight.shape == (hidden,) and weight.stride(0) == 1
     if hidden > MAX_HIDDEN:
         raise ValueError(f"rows of {hidden} values: this kernel takes up to {MAX_HIDDEN}")
-    if num_rows == 0:
-        return
+    num_rows = out.numel() // hidden
     block = triton.next_power_of_2(hidden)
     rows = max(1, _TILE // block)
     num_programs = triton.cdiv(num_rows, rows)
@@ -58,11 +61,9 @@ def _launch(
     is_few = num_programs <= 2 * num_multiprocessors(x.device)
     num_warps = max(1, min(32, rows * block // (256 if is_few else 512)))
     is_dependent = has_dependent_launch(x.device)
-    rms_norm_kernel[(num_programs,)](
-        out,
-        x,
-        residual,
-        weight,
+    return Launcher(
+        rms_norm_kernel,
+        (num_programs,),
         eps,
         offset,
         num_rows,
@@ -76,7 +77,7 @@ def _launch(
         HAS_OFFSET=offset != 0.0,
         IS_DEPENDENT=is_dependent,
         num_warps=num_warps,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **dependent_options(is_dependent),
     )
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.attention import check_caches
 from kernels.quantized_kv import is_quantized
 from kernels.triton import (
     has_dependent_launch,
@@ -34,12 +35,14 @@ from kernels.triton import (
 )
 from kernels.triton.attend import (
     FP8_FACTOR,
+    as_pairs,
     attend_keys,
     cache_views,
     products_dtype,
     scale_mode,
 )
 from kernels.triton.decode_tiling import DecodeTiling, choose_tiling
+from kernels.triton.launch import Launcher, dependent_options, planned
 from kernels.triton.pieces import (
     count_all_blocks,
     count_blocks,
@@ -289,8 +292,9 @@ def paged_decode_kernel(
         gdc_wait()  # nobody may take this launch for finished before the one it followed
 
 
-def _zeroed_counters(count: int, device: torch.device) -> Tensor:
-    """Counters that each launch leaves at 0; kept for ever, since a captured graph may hold them.
+def _keep_counters(count: int, device: torch.device) -> None:
+    """Have ``count`` counters that each launch leaves at 0; kept for ever, since a captured graph
+    may hold them.
 
     Launches on one device share them, so they must follow one another on one stream.
     """
@@ -302,7 +306,6 @@ def _zeroed_counters(count: int, device: torch.device) -> Tensor:
                 " call once outside of the capture"
             )
         kept.append(torch.zeros(max(count, _MIN_COUNTERS), dtype=torch.int32, device=device))
-    return kept[-1]
 
 
 def paged_decode(
@@ -340,6 +343,41 @@ def paged_decode(
     -----
     Never waits for the device. Rows of ``q`` that belong to no request are left unwritten.
     """
+    device = q.device
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device) if return_lse else None
+    if len(q) and len(seq_lens):
+        caches = (k_cache, v_cache, k_scale, v_scale)
+        lengths = (block_table, query_start_loc, seq_lens, key_start)
+        tensors = (q, *caches, *lengths, *(prior or (None, None)))
+        masks = (sliding_window, soft_cap)
+        launch = _decode.find(tensors, scale, *masks, max_query_len, return_lse, tiling)
+        parts = [torch.empty(s, dtype=torch.float32, device=device) for s in launch.scratch]
+        launch(out, lse, *parts, _COUNTERS[device][-1], *tensors)
+    return out if lse is None else (out, lse)
+
+
+@planned
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    key_start: Tensor | None,
+    prior_out: Tensor | None,
+    prior_lse: Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    max_query_len: int,
+    return_lse: bool,
+    tiling: DecodeTiling | None,
+) -> Launcher:
+    check_caches(q, k_cache, v_cache, k_scale, v_scale)
     assert q.stride(2) == 1
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -351,79 +389,65 @@ def paged_decode(
     block_r = min(triton.next_power_of_2(max_rows), _MAX_TILE_ROWS)
     block_d = max(32, triton.next_power_of_2(head_dim))
     programs_per_item = num_kv_heads * triton.cdiv(max_rows, block_m)
+    num_requests = len(seq_lens)
     if tiling is None:
         tiling = choose_tiling(
             head_dim,
             k_cache.dtype,
             max_rows,
-            is_few=len(seq_lens) * programs_per_item <= num_multiprocessors(q.device)
+            is_few=num_requests * programs_per_item <= num_multiprocessors(q.device)
             and has_large_shared_memory(q.device),
             has_token_scales=scales == int(TOKEN_SCALE.value),
         )
     programs = num_multiprocessors(q.device) * tiling.programs_per_multiprocessor
     num_items = max(1, programs // programs_per_item)
-    num_requests = len(seq_lens)
     is_dependent = has_dependent_launch(q.device)
     k_cache, v_cache, kind = cache_views(k_cache, v_cache)
     block_b = next((b for b in _BLOCK_B if num_requests <= b), _BLOCK_B[-1])
-    out = q.new_empty(num_tokens, num_heads, head_dim)
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    lse = torch.empty(num_tokens, num_heads, **wide) if return_lse else None
     scale_strides = k_scale.stride() if k_scale is not None and k_scale.dim() == 3 else (0, 0, 0)
-    if num_tokens and num_requests:
-        paged_decode_kernel[(programs_per_item, num_items)](
-            out,
-            lse,
-            torch.empty(2 * num_items, num_kv_heads, max_rows, head_dim, **wide),
-            torch.empty(2 * num_items, num_kv_heads, max_rows, **wide),
-            _zeroed_counters(num_requests * programs_per_item, q.device),
-            q,
-            k_cache,
-            v_cache,
-            k_scale,
-            v_scale,
-            block_table,
-            query_start_loc,
-            seq_lens,
-            key_start,
-            *(prior if prior is not None else (None, None)),
-            scale,
-            soft_cap or 0.0,
-            *q.stride()[:2],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            *scale_strides,
-            block_table.stride(0),
-            num_requests,
-            tiling.min_share,
-            len(prior[0]) if prior is not None else 0,
-            num_tokens,
-            KV_HEADS=num_kv_heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=block_size,
-            MAX_ROWS=max_rows,
-            WINDOW=sliding_window or 0,
-            HAS_CAP=soft_cap is not None,
-            SCALES=scales,
-            KIND=kind,
-            COMPUTE=products,
-            BLOCK_M=block_m,
-            BLOCK_N=tiling.block_n,
-            BLOCK_D=block_d,
-            BLOCK_B=block_b,
-            IS_ONE_BLOCK=num_requests <= block_b,
-            BLOCK_R=block_r,
-            BLOCK_P=max(1, min(32, 4096 * tiling.num_warps // (block_r * block_d))),
-            PRIORS=max(1, min(8, 2048 * tiling.num_warps // (block_r * block_d))),
-            FEW_PIECES=max(1, min(4, 4096 * tiling.num_warps // (block_r * block_d))),
-            IS_INTERPRETED=is_interpreted(),
-            IS_DEPENDENT=is_dependent,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-            **({"launch_pdl": True} if is_dependent else {}),
-        )
-    return out if lse is None else (out, lse)
+    _keep_counters(num_requests * programs_per_item, q.device)
+    pieces = (2 * num_items, num_kv_heads, max_rows)
+    return Launcher(
+        paged_decode_kernel,
+        (programs_per_item, num_items),
+        scale,
+        soft_cap or 0.0,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *scale_strides,
+        block_table.stride(0),
+        num_requests,
+        tiling.min_share,
+        0 if prior_out is None else len(prior_out),
+        num_tokens,
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        MAX_ROWS=max_rows,
+        WINDOW=sliding_window or 0,
+        HAS_CAP=soft_cap is not None,
+        SCALES=scales,
+        KIND=kind,
+        COMPUTE=products,
+        BLOCK_M=block_m,
+        BLOCK_N=tiling.block_n,
+        BLOCK_D=block_d,
+        BLOCK_B=block_b,
+        IS_ONE_BLOCK=num_requests <= block_b,
+        BLOCK_R=block_r,
+        BLOCK_P=max(1, min(32, 4096 * tiling.num_warps // (block_r * block_d))),
+        PRIORS=max(1, min(8, 2048 * tiling.num_warps // (block_r * block_d))),
+        FEW_PIECES=max(1, min(4, 4096 * tiling.num_warps // (block_r * block_d))),
+        IS_INTERPRETED=is_interpreted(),
+        IS_DEPENDENT=is_dependent,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        seen_as=as_pairs,
+        scratch=((*pieces, head_dim), pieces),
+        **dependent_options(is_dependent),
+    )
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.attention import check_caches
 from kernels.quantized_kv import is_quantized
 from kernels.triton import DTYPES, MAX_HEAD_DIM, num_multiprocessors
+from kernels.triton.launch import Launcher, planned
 from kernels.triton.numbers import as_bits, compute_dtype, kind_of, scale_strides
 from kernels.triton.prefill_kernel import prefill_kernel
 
@@ -110,15 +111,40 @@ def paged_prefill(
     ValueError
         A dtype, head size or scale that the kernel does not take.
     """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    if len(q) and len(seq_lens):
+        caches = (k_cache, v_cache, k_scale, v_scale)
+        lengths = (block_table, query_start_loc, seq_lens, key_start)
+        masks = (sliding_window, soft_cap)
+        _prefill((q, *caches, *lengths, out, lse), scale, *masks, max_query_len, tiles)
+    return out if lse is None else (out, lse)
+
+
+@planned
+def _prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    block_table: Tensor,
+    _query_start_loc: Tensor,
+    _seq_lens: Tensor,
+    key_start: Tensor | None,
+    _out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    max_query_len: int,
+    tiles: PrefillTiles | None,
+) -> Launcher:
     _check(q, k_cache, v_cache, k_scale, v_scale)
     num_tokens, num_heads, head_dim = q.shape
     num_requests = block_table.shape[0]
     num_kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    if num_tokens == 0 or num_requests == 0:
-        return (out, lse) if return_lse else out
     if tiles is None:
         tiles = choose_tiles(q, k_cache, num_requests, max_query_len)
     queries_per_tile = max(1, tiles.num_rows // group)
@@ -130,19 +156,9 @@ def paged_prefill(
     num_tiles = packed if must_search else triton.cdiv(max_query_len, queries_per_tile)
     num_pairs = num_kv_heads * (1 if must_search else num_requests)
     kv_bytes = 2 * block_table.shape[1] * block_size * head_dim * k_cache.element_size()
-    ks, vs = (scale_strides(s) for s in (k_scale, v_scale))
-    prefill_kernel[(num_pairs * num_tiles,)](
-        q,
-        as_bits(k_cache),
-        as_bits(v_cache),
-        k_scale,
-        v_scale,
-        block_table,
-        query_start_loc,
-        seq_lens,
-        key_start,
-        out,
-        lse,
+    return Launcher(
+        prefill_kernel,
+        (num_pairs * num_tiles,),
         (scale if soft_cap is None else soft_cap) / math.log(2.0),
         0.0 if soft_cap is None else scale / soft_cap,
         0 if sliding_window is None else sliding_window,
@@ -151,16 +167,11 @@ def paged_prefill(
         num_pairs,
         max(1, min(num_pairs, _L2_BYTES // max(1, kv_bytes))),
         block_table.stride(0),
-        q.stride(0),
-        q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        v_cache.stride(0),
-        v_cache.stride(1),
-        v_cache.stride(2),
-        *ks,
-        *vs,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *scale_strides(k_scale),
+        *scale_strides(v_scale),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -174,14 +185,14 @@ def paged_prefill(
         HAS_WINDOW=sliding_window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
         HAS_KEY_START=key_start is not None,
-        HAS_LSE=return_lse,
+        HAS_LSE=lse is not None,
         MUST_SEARCH=must_search,
         COMPUTE=compute_dtype(q.dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
+        seen_as=as_bits,
     )
-    return (out, lse) if return_lse else out
 
 
 def choose_tiles(q: Tensor, k_cache: Tensor, num_requests: int, max_query_len: int) -> PrefillTiles:

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.quantized_kv import GREATEST_VALUE, LEAST_AMAX, check_kv_scale
 from kernels.triton import has_dependent_launch, num_multiprocessors
+from kernels.triton.launch import Launcher, dependent_options, planned
 from kernels.triton.numbers import as_bits, encode_fp8, encode_int8, kind_of, scale_strides
 
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
@@ -44,29 +45,10 @@ def apply_rope_and_write_kv(
     v_scale: Tensor | None = None,
 ) -> None:
     """See :func:`kernels.rotary.apply_rope_and_write_kv`."""
-    num_tokens = qkv.shape[0]
-    assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and qkv.stride(1) == 1
-    assert cos_sin.stride(1) == 1 and cos_sin.shape[1] <= head_dim and cos_sin.shape[1] % 2 == 0
-    if num_tokens == 0:
-        return
-    total = num_heads + (2 * num_kv_heads if slot_mapping is not None else num_kv_heads)
-    heads = qkv.unflatten(1, (-1, head_dim))
-    _launch(
-        heads[:, :total],
-        num_heads,
-        num_kv_heads,
-        positions,
-        cos_sin,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        q_norm,
-        k_norm,
-        norm_eps,
-        norm_offset,
-        k_scale,
-        v_scale,
-    )
+    if len(qkv):
+        tensors = (qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, k_scale, v_scale)
+        sizes = (num_heads, num_kv_heads, head_dim)
+        _rope((*tensors, q_norm, k_norm), *sizes, norm_eps, norm_offset)
 
 
 def write_kv(
@@ -80,32 +62,43 @@ def write_kv(
     v_scale: Tensor | None = None,
 ) -> None:
     """See :func:`kernels.kv_cache.write_kv`."""
-    assert k.stride(2) == v.stride(2) == 1 and v.shape == k.shape
+    assert v.shape == k.shape
     if k.shape[0] == 0:
         return
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         # Heads that are all "values" are copied and nothing else.
-        _launch(x, 0, 0, None, None, slot_mapping, None, cache, None, None, 0.0, 0.0, None, scale)
+        tensors = (x, None, None, slot_mapping, None, cache, None, scale, None, None)
+        _rope(tensors, 0, 0, x.shape[2], 0.0, 0.0)
 
 
-def _launch(
-    heads: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+@planned
+def _rope(
+    x: Tensor,
     positions: Tensor | None,
     cos_sin: Tensor | None,
     slot_mapping: Tensor | None,
     k_cache: Tensor | None,
     v_cache: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    norm_eps: float,
-    norm_offset: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> None:
-    """Run the kernel over ``heads [T, q heads, then k heads, then v heads, D]``."""
-    num_tokens, total, head_dim = heads.shape
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    norm_eps: float,
+    norm_offset: float,
+) -> Launcher:
+    """The kernel over ``x [T, (q heads, then k heads, then v heads) * D]``, or ``[T, heads, D]`` of
+    which all are values."""
+    heads = x
+    assert x.stride(-1) == 1
+    if cos_sin is not None:
+        assert x.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
+        assert cos_sin.stride(1) == 1 and cos_sin.shape[1] <= head_dim and cos_sin.shape[1] % 2 == 0
+        total = num_heads + (2 * num_kv_heads if slot_mapping is not None else num_kv_heads)
+        heads = x.unflatten(1, (-1, head_dim))[:, :total]
+    num_tokens, total = heads.shape[:2]
     rotary_dim = 0 if cos_sin is None else cos_sin.shape[1]
     half, rest = rotary_dim // 2, head_dim - rotary_dim
     for cache, scale, name in ((k_cache, k_scale, "k_scale"), (v_cache, v_scale, "v_scale")):
@@ -124,17 +117,9 @@ def _launch(
     block_size = 1 if cache is None else cache.shape[1]
     rows = _rows_a_program(num_tokens, total, heads.device)
     is_dependent = has_dependent_launch(heads.device)
-    rope_kernel[(num_tokens, triton.cdiv(total, rows))](
-        heads,
-        positions,
-        cos_sin,
-        slot_mapping,
-        None if k_cache is None else as_bits(k_cache),
-        None if v_cache is None else as_bits(v_cache),
-        k_scale,
-        v_scale,
-        q_norm,
-        k_norm,
+    return Launcher(
+        rope_kernel,
+        (num_tokens, triton.cdiv(total, rows)),
         norm_eps,
         norm_offset,
         heads.stride(0),
@@ -160,7 +145,8 @@ def _launch(
         HAS_NORM_OFFSET=norm_offset != 0.0,
         IS_DEPENDENT=is_dependent,
         num_warps=4 if rows * head_dim >= 2048 else 1,
-        **({"launch_pdl": True} if is_dependent else {}),
+        seen_as=as_bits,
+        **dependent_options(is_dependent),
     )
 
 

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from kernels.triton import has_dependent_launch
 from kernels.triton.argmax import order_key
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 _MAX_BLOCK = 8192  # values a program looks at together
 _LAST = tl.constexpr(0x7FFFFFFF)
@@ -51,34 +52,37 @@ def sample(logits: Tensor, params: Tensor, seeds: Tensor, positions: Tensor) -> 
     Tensor [L] int64
         On the device of ``logits``.
     """
-    num_rows, vocab = logits.shape
-    if vocab == 0:
+    if logits.shape[1] == 0:
         raise ValueError("a draw from rows without a value")
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if len(out):
+        _sample((out, logits, params, seeds, positions))
+    return out
+
+
+@planned
+def _sample(
+    _out: Tensor, logits: Tensor, params: Tensor, seeds: Tensor, positions: Tensor
+) -> Launcher:
+    num_rows, vocab = logits.shape
     assert logits.stride(1) == 1 or vocab == 1
     assert params.shape == (4, num_rows) and params.dtype == torch.float32
     assert params.is_contiguous() and seeds.is_contiguous() and positions.is_contiguous()
     assert seeds.shape == positions.shape == (num_rows,)
     assert seeds.dtype == positions.dtype == torch.int64
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    if num_rows == 0:
-        return out
     block = min(_MAX_BLOCK, max(128, triton.next_power_of_2(vocab)))
     is_dependent = has_dependent_launch(logits.device)
-    sample_kernel[(num_rows,)](
-        out,
-        logits,
-        params,
-        seeds,
-        positions,
+    return Launcher(
+        sample_kernel,
+        (num_rows,),
         logits.stride(0),
         vocab,
         num_rows,
         BLOCK=block,
         IS_DEPENDENT=is_dependent,
         num_warps=max(1, block // 256),
-        **({"launch_pdl": True} if is_dependent else {}),
+        **dependent_options(is_dependent),
     )
-    return out
 
 
 @triton.jit
@@ -162,7 +166,7 @@ def _weigh(source, index, vocab, low, high, last_tied, greatest, temperature, mi
 def sample_kernel(
     out,
     logits,
-    settings,
+    settings,  # Triton itself fails over a parameter called params
     seeds,
     positions,
     stride,

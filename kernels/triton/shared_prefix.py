@@ -26,11 +26,13 @@ from kernels.quantized_kv import is_quantized
 from kernels.triton import has_dependent_launch, is_interpreted, num_multiprocessors
 from kernels.triton.attend import (
     FP8_FACTOR,
+    as_pairs,
     attend_keys,
     cache_views,
     products_dtype,
     scale_mode,
 )
+from kernels.triton.launch import Launcher, planned
 from kernels.triton.merge import merge_stacked
 from kernels.triton.tiles import (
     HEAD_SCALE,
@@ -220,6 +222,35 @@ def prefix_states(
     Arguments as in :func:`kernels.shared_prefix_attend`; ``S`` is chosen from shapes. Rows of
     tokens in no group are 0 and ``-inf`` with ``is_filled``, else undefined.
     """
+    groups = (group_block_table, prefix_lens, token_index, group_start_loc)
+    tensors = (q, k_cache, v_cache, k_scale, v_scale, *groups)
+    launch = _prefix.find(tensors, scale, soft_cap, tiling)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    shape, lse_shape = launch.scratch
+    if is_filled and len(token_index) < len(q):
+        out, lse = torch.zeros(shape, **wide), torch.full(lse_shape, float("-inf"), **wide)
+    else:
+        out, lse = torch.empty(shape, **wide), torch.empty(lse_shape, **wide)
+    if len(token_index) and len(prefix_lens):
+        launch(out, lse, *tensors)
+    return out, lse
+
+
+@planned
+def _prefix(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    group_block_table: Tensor,
+    prefix_lens: Tensor,
+    token_index: Tensor,
+    _group_start_loc: Tensor,
+    scale: float,
+    soft_cap: float | None,
+    tiling: PrefixTiling | None,
+) -> Launcher:
     assert q.stride(2) == 1
     num_tokens, num_heads, head_dim = q.shape
     num_requests, num_groups = len(token_index), len(prefix_lens)
@@ -236,55 +267,40 @@ def prefix_states(
         programs = 2 * num_multiprocessors(q.device)
         wanted = triton.cdiv(programs, max(1, num_kv_heads * num_tiles))
         num_parts = max(1, min(wanted, longest // _MIN_PART, _MAX_PARTS))
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    shape = (num_parts, num_tokens, num_heads)
-    if is_filled and num_requests < num_tokens:
-        out, lse = torch.zeros(*shape, head_dim, **wide), torch.full(shape, float("-inf"), **wide)
-    else:
-        out, lse = torch.empty(*shape, head_dim, **wide), torch.empty(shape, **wide)
     scales, products = scale_mode(k_cache, k_scale), products_dtype(q, k_cache)
     k_cache, v_cache, kind = cache_views(k_cache, v_cache)
     scale_strides = k_scale.stride() if k_scale is not None and k_scale.dim() == 3 else (0, 0, 0)
-    if num_requests and num_groups:
-        shared_prefix_kernel[(num_kv_heads, num_parts, num_tiles)](
-            out,
-            lse,
-            q,
-            k_cache,
-            v_cache,
-            k_scale,
-            v_scale,
-            group_block_table,
-            prefix_lens,
-            token_index,
-            group_start_loc,
-            scale,
-            soft_cap or 0.0,
-            *q.stride()[:2],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            *scale_strides,
-            group_block_table.stride(0),
-            num_groups,
-            num_tokens,
-            KV_HEADS=num_kv_heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=block_size,
-            HAS_CAP=soft_cap is not None,
-            SCALES=scales,
-            KIND=kind,
-            COMPUTE=products,
-            BLOCK_M=tiling.block_m,
-            BLOCK_N=tiling.block_n,
-            BLOCK_D=max(32, triton.next_power_of_2(head_dim)),
-            BLOCK_G=16 if num_groups <= 16 else 256,
-            IS_INTERPRETED=is_interpreted(),
-            HAS_DEPENDENT=has_dependent_launch(q.device),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-        )
-    return out, lse
+    return Launcher(
+        shared_prefix_kernel,
+        (num_kv_heads, num_parts, num_tiles),
+        scale,
+        soft_cap or 0.0,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *scale_strides,
+        group_block_table.stride(0),
+        num_groups,
+        num_tokens,
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        HAS_CAP=soft_cap is not None,
+        SCALES=scales,
+        KIND=kind,
+        COMPUTE=products,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
+        BLOCK_D=max(32, triton.next_power_of_2(head_dim)),
+        BLOCK_G=16 if num_groups <= 16 else 256,
+        IS_INTERPRETED=is_interpreted(),
+        HAS_DEPENDENT=has_dependent_launch(q.device),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        seen_as=as_pairs,
+        scratch=((num_parts, num_tokens, num_heads, head_dim), (num_parts, num_tokens, num_heads)),
+    )
 
 
 def shared_prefix_attend(

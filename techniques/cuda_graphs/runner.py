@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernels.triton import compiled_together
 from workbench.core.errors import ConfigError
 from workbench.slots.attention import AttentionBackend, CudaGraphSupport
 from workbench.slots.graph_runner import DecodeStep, GraphRunner
@@ -82,6 +83,9 @@ class CudaGraphRunner(GraphRunner):
         gc.disable()  # a tensor that is freed while a graph is captured would break it
         try:
             with torch.cuda.stream(stream):
+                with compiled_together():  # what these runs compute is never read
+                    for size in sizes:
+                        step.run(size)
                 for size in reversed(sizes):
                     self._capture(step, size, pool)
         finally:
@@ -95,7 +99,7 @@ class CudaGraphRunner(GraphRunner):
             self._size_of += [size] * (size - smaller)
 
     def _capture(self, step: DecodeStep, size: int, pool: Any) -> None:
-        step.run(size)  # compiles, and makes libraries allocate what they keep
+        step.run(size)  # compiles what is left, and makes libraries allocate what they keep
         before = step.counters()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool)

@@ -159,6 +159,7 @@ def test_more_requests_than_are_looked_at_together(monkeypatch: pytest.MonkeyPat
     from kernels.triton import paged_decode
 
     monkeypatch.setattr(paged_decode, "_BLOCK_B", (1, 2, 4))
+    paged_decode._decode.forget()
     case = PagedCase([1, 0, 2, 1, 1, 0, 1, 1, 3], [3, 0, 60, 17, 0, 9, 40, 16, 31])
     for tiling in ("one", "few"):
         case.check(decode(case, tiling), case.truth()[0])

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from workbench.assemble import EngineConfig, Limits, build_component, build_engine
 from workbench.bench.environment import collect_environment
-from workbench.bench.figure import report
 from workbench.bench.roofline import measure_ceilings
 from workbench.cli.output import print_document, takes_json
 from workbench.configuration import CONF_DIR, Marker, compose_config, load_markers, options_of
@@ -213,6 +212,8 @@ def report_command(arguments: Sequence[str]) -> int:
     if not Path(rest[0]).is_file():
         raise ConfigError(f"there is no record file {rest[0]}.")
     try:
+        from workbench.bench.figure import report  # matplotlib takes its time
+
         figure = report(rest[0])
     except WorkbenchError:
         raise

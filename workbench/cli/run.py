@@ -19,7 +19,6 @@ from rich.console import Console
 
 from workbench.assemble import DTYPES, Limits, load_class
 from workbench.bench.environment import hardware_slug
-from workbench.bench.figure import draw, figure_path
 from workbench.bench.gates import MarginFn, Outputs
 from workbench.bench.load import Offline
 from workbench.bench.progress import LiveProgress
@@ -68,6 +67,8 @@ def run_command(overrides: Sequence[str]) -> int:
     store_file = next((r.record_file for r in results if r.record_file), None)
     figure = None
     if store_file is not None:
+        from workbench.bench.figure import draw, figure_path  # matplotlib takes its time
+
         figure = draw(results, figure_path(store_file, results[0].record.run_id))
     if cfg.output == "json":
         print_document(to_document(results, figure=str(figure) if figure else None))
