@@ -1,12 +1,12 @@
 """Check, then time, the kernels of ``fused_kernels``: ``python -m experiments.gpu_fused``.
 
-Norm, norm with addition, gated activation, argmax and sampling, beside torch's operations. A case
-is compared with the reference in fp32 (argmax with the first of the greatest, draws with those of
-the same uniform numbers in double precision) and timed only when it is right; timing as in
-``experiments.gpu_attention``: a CUDA graph over copies of the inputs. Bytes are those that have to
-be read and written, each once; of small cases they lie in the L2 cache, as a step finds them.
-Samplers are timed outside a graph as well (``whole``), with their host side: torch's cannot be
-captured.
+Norm, norm with addition, gated activation, argmax and sampling, beside torch's operations and, of
+the first three, beside what torch.compile makes of them. A case is compared with the reference in
+fp32 (argmax with the first of the greatest, draws with those of the same uniform numbers in double
+precision) and timed only when it is right; timing as in ``experiments.gpu_attention``: a CUDA graph
+over copies of the inputs. Bytes are those that have to be read and written, each once; of small
+cases they lie in the L2 cache, as a step finds them. Samplers are timed outside a graph as well
+(``whole``), with their host side: torch's cannot be captured.
 
 Options: ``--only TEXT,TEXT`` (cases whose name contains one of these), ``--out FILE`` (records are
 appended, as JSONL), ``--replays N``. The exit code is 1 where a case was wrong.
@@ -41,6 +41,7 @@ from kernels.sampling import argmax_reference
 from kernels.triton import activation, argmax, norm, sampling
 from techniques.fused_kernels import FusedSampler
 from techniques.fused_kernels.sampler import pack
+from techniques.torch_compile import CompiledOps, CompiledOpsConfig
 from workbench.core.sampling import SamplingParams
 from workbench.slots.sampler import (
     Sampler,
@@ -211,18 +212,27 @@ def sampling_work(sampler: Sampler | None, num_rows: int, vocab: int, **setting:
 
 
 def cases() -> dict[str, Callable[[], Work]]:
-    """By name: the op, whose it is, and its sizes. ``torch`` is eager torch in the same graph."""
+    """By name: the op, whose it is, and its sizes.
+
+    ``torch`` is eager torch in the same graph, ``compiled`` what Inductor makes of that.
+    """
     found: dict[str, Callable[[], Work]] = {}
+    compiled = CompiledOps(CompiledOpsConfig(max_graphs=64))
     for n in ROWS:
         for h in (1024, 4096):
             found[f"norm {n} x {h}, triton"] = partial(norm_work, norm.rms_norm, n, h)
             found[f"norm {n} x {h}, torch"] = partial(norm_work, rms_norm_reference, n, h)
+            found[f"norm {n} x {h}, compiled"] = partial(norm_work, compiled.rms_norm, n, h)
+            found[f"add norm {n} x {h}, compiled"] = partial(add_work, compiled.add_rms_norm_, n, h)
             found[f"add norm {n} x {h}, triton"] = partial(add_work, norm.add_rms_norm_, n, h)
             found[f"add norm {n} x {h}, torch"] = partial(add_work, add_rms_norm_reference_, n, h)
         for f in (3072, 14336):
             silu, plain = activation.silu_and_mul, silu_and_mul_reference
             found[f"silu {n} x {f}, triton"] = partial(gated_work, silu, plain, n, f)
             found[f"silu {n} x {f}, torch"] = partial(gated_work, plain, plain, n, f)
+            found[f"silu {n} x {f}, compiled"] = partial(
+                gated_work, compiled.silu_and_mul, plain, n, f
+            )
     gelu, plain = activation.gelu_tanh_and_mul, gelu_tanh_and_mul_reference
     found["gelu 8192 x 14336, triton"] = partial(gated_work, gelu, plain, 8192, 14336)
     found["norm 8192 x 16384, triton"] = partial(norm_work, norm.rms_norm, 8192, 16384)

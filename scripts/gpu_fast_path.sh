@@ -16,10 +16,12 @@ for part in "${@:-checks kernels peak ablation timeline}"; do
         case $name in
         checks)
             do_run python3 tests/gpu/test_fast_path_cuda.py
+            do_run python3 tests/gpu/test_batch_invariant_cuda.py
+            do_run python3 tests/gpu/test_torch_compile_cuda.py
             do_run python3 -m pytest -q tests/gpu/test_backends_cuda.py
             # Kernels compile in as many processes as xdist, where it is installed, may start.
             do_run python3 -m pytest -q ${PYTEST_WORKERS:+-n "$PYTEST_WORKERS"} \
-                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py
+                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,invariant_gemm,rotary}.py
             ;;
         kernels)
             do_run python3 -m experiments.gpu_fused --out "$OUT/fused.jsonl"

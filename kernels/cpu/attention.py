@@ -69,8 +69,14 @@ def paged_attend(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    *,
+    is_invariant: bool = False,
 ) -> Tensor:
-    """See :func:`kernels.attention.paged_attend`; ``D`` is a multiple of 16."""
+    """See :func:`kernels.attention.paged_attend`; ``D`` is a multiple of 16.
+
+    ``is_invariant``: a query's output has the same bits whatever else is in the batch, and however
+    many queries of its request are. Keys are never split, and their blocks are counted from key 0.
+    """
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     num_requests, num_pages = block_table.shape
@@ -86,7 +92,7 @@ def paged_attend(
     tile_queries = max(1, min(_TILE_ROWS // group, num_tokens))
     rows = -(-tile_queries * group // _ROWS) * _ROWS
     threads = num_threads()
-    min_tasks = 4 * threads if threads > 1 else 0
+    min_tasks = 4 * threads if threads > 1 and not is_invariant else 0
     max_tasks = (num_requests + num_tokens // tile_queries) * num_kv_heads + 2 * min_tasks
     per_thread = -(-(rows * (2 * head_dim + _BLOCK + 3) + LANES * head_dim) // LANES) * LANES
     part_size = rows * (head_dim + 2)
@@ -101,7 +107,9 @@ def paged_attend(
     counts = (num_requests, num_kv_heads, group, tile_queries, window, min_tasks)
     pages = (block_table.data_ptr(), block_table.stride(0), block_size)
     limits = (num_tokens, num_pages, k_cache.shape[0])
-    _plan(torch.float32, 1, False, summary, table, *lengths, *counts, *pages, *limits)
+    alignment = _BLOCK if is_invariant else 1
+    plan = (summary, table, *lengths, *counts, alignment, *pages, *limits)
+    _plan(torch.float32, 1, False, *plan)
     num_tasks, num_parts, work = _SUMMARY.unpack_from(_local.summary)
 
     out = q.new_empty(num_tokens, num_heads, head_dim)
@@ -110,7 +118,7 @@ def paged_attend(
     sizes = (head_dim, group, rows, num_tasks, table, parts, part_size)
     queries = (q.data_ptr(), q0, q1)
     caches = (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
-    rest = (window, offsets, scratch, per_thread, scale, soft_cap or 0.0)
+    rest = (window, offsets, scratch, per_thread, is_invariant, scale, soft_cap or 0.0)
     count = threads if is_parallel else 1
     _attend(q.dtype, count, is_parallel, *sizes, *output, *queries, *caches, *pages, *rest)
     if num_parts:
@@ -146,7 +154,7 @@ def _workspace(*sizes: int) -> list[int]:
 
 
 @kernel(
-    ints=16,
+    ints=17,
     fault="a request has more queries than there are, more tokens than its row of the block table"
     " has room for, or a block that the cache does not have",
 )
@@ -155,13 +163,14 @@ def _plan(marker, arguments, begin, end):
 
     Writes the number of tasks, of partial results and of (row, key) pairs to ``summary``.
     """
-    values = int_arguments(arguments, 16)
+    values = int_arguments(arguments, 17)
     summary, table, starts, lengths = values[:4]
     num_requests, num_kv_heads, group, tile_queries, window, min_tasks = values[4:10]
+    alignment = values[10]
     summary, table = int64_pointer(summary), int64_pointer(table)
     starts, lengths = int32_pointer(starts), int32_pointer(lengths)
     store_int(table, 0, 0)
-    num_tiles = _count_tiles(starts, lengths, num_requests, tile_queries, window, values[10:])
+    num_tiles = _count_tiles(starts, lengths, num_requests, tile_queries, window, values[11:])
     if num_tiles < 0:
         report_fault(arguments)
         return
@@ -180,7 +189,7 @@ def _plan(marker, arguments, begin, end):
             position = first_position + tile * tile_queries
             key, key_stop = 0, position + num_queries
             if window:
-                key = max(0, position + 1 - window)
+                key = max(0, position + 1 - window) // alignment * alignment
             parts = max(1, min(max_parts, (key_stop - key) // _MIN_SPLIT))
             for kv_head in range(num_kv_heads):
                 work += num_queries * group * (key_stop - key)
@@ -230,15 +239,15 @@ def _count_tiles(starts, lengths, num_requests, tile_queries, window, pages):
     return num_tiles
 
 
-@kernel(ints=28, floats=2)
+@kernel(ints=29, floats=2)
 def _attend(marker, arguments, begin, end):
     """Draw tasks until there are none; the range is that of the threads."""
-    values = int_arguments(arguments, 28)
+    values = int_arguments(arguments, 29)
     head_dim, group, max_rows, num_tasks, table, parts, part_size = values[:7]
     output, queries = values[7:10], values[10:13]
     k_cache, v_cache, pages = values[13:17], values[17:21], values[21:24]
-    window, offsets, scratch, per_thread = values[24:28]
-    scale, soft_cap = float_argument(arguments, 28), float_argument(arguments, 29)
+    window, offsets, scratch, per_thread, is_invariant = values[24:29]
+    scale, soft_cap = float_argument(arguments, 29), float_argument(arguments, 30)
     k, v = pointer(k_cache[0], marker), pointer(v_cache[0], marker)
     for thread in range(begin, end):
         k_offsets = advance(int64_pointer(offsets), thread * 2 * _BLOCK)
@@ -254,11 +263,14 @@ def _attend(marker, arguments, begin, end):
             rows = _load_queries(marker, task, queries, group, head_dim, scale, q)
             _reset(acc, stats, max_rows, rows, head_dim)
             stop = load_int(task, _KEY_STOP)
+            # Blocks that lie before the first query's window may have been given away.
+            least = max(0, load_int(task, _POSITION) + 1 - window) if window else 0
             for first in range(load_int(task, _KEY), stop, _BLOCK):
                 count = min(_BLOCK, stop - first)
-                _locate(task, k_cache, v_cache, pages, first, count, k_offsets)
+                _locate(task, k_cache, v_cache, pages, first, count, least, k_offsets)
                 _score(k, k_offsets, count, q, rows, head_dim, keys, scores)
-                _weigh(task, group, first, count, window, soft_cap, scores, stats, max_rows)
+                softmax = (window, soft_cap, is_invariant)
+                _weigh(task, group, first, count, softmax, scores, stats, max_rows)
                 _add_values(v, v_offsets, count, scores, rows, head_dim, stats, max_rows, acc)
             if load_int(task, _PART) < 0:
                 sums = advance(stats, max_rows)
@@ -299,21 +311,22 @@ def _reset(acc, stats, max_rows, rows, head_dim):
 
 
 @helper
-def _locate(task, k_cache, v_cache, pages, first, count, offsets):
+def _locate(task, k_cache, v_cache, pages, first, count, least, offsets):
     """Offsets of ``count`` keys in their cache and, from ``_BLOCK`` on, of the values.
 
-    Behind them the last one stands again, up to a whole vector, so that those reads are valid.
+    Behind them the last one stands again, up to a whole vector, so that those reads are valid, and
+    in front of key ``least``, that one.
     """
     table, table_stride, block_size = pages
     blocks = advance(int32_pointer(table), load_int(task, _REQUEST) * table_stride)
     head = load_int(task, _KV_HEAD)
-    page, within = first // block_size, first % block_size
+    page, within = max(first, least) // block_size, max(first, least) % block_size
     block = load_int(blocks, page)
     for j in range((count + LANES - 1) // LANES * LANES):
         store_int(offsets, j, block * k_cache[1] + within * k_cache[2] + head * k_cache[3])
         value = block * v_cache[1] + within * v_cache[2] + head * v_cache[3]
         store_int(offsets, _BLOCK + j, value)
-        if j + 1 < count:
+        if least <= first + j and j + 1 < count:
             within += 1
             if within == block_size:
                 page, within = page + 1, 0
@@ -345,9 +358,11 @@ def _score(k, offsets, count, q, rows, head_dim, keys, scores):
 
 
 @helper
-def _weigh(task, group, first, count, window, soft_cap, scores, stats, max_rows):
+def _weigh(task, group, first, count, softmax, scores, stats, max_rows):
     """Turn scores into weights relative to each row's greatest score so far; 0 where masked."""
-    width = (count + LANES - 1) // LANES * LANES
+    window, soft_cap, is_invariant = softmax
+    # How a sum is cut into vectors follows from its length.
+    width = _BLOCK if is_invariant else (count + LANES - 1) // LANES * LANES
     for row in range(load_int(task, _NUM_QUERIES) * group):
         position = load_int(task, _POSITION) + row // group - first
         low = max(0, position + 1 - window) if window else 0
@@ -373,6 +388,11 @@ def _weigh(task, group, first, count, window, soft_cap, scores, stats, max_rows)
                 weight = exp(load(s, j) - new)
                 total += weight
                 store(s, j, weight)
+            if is_invariant:  # what is masked weighs 1e-38 until here
+                for j in range(low):
+                    store(s, j, np.float32(0))
+                for j in range(high, width):
+                    store(s, j, np.float32(0))
         else:
             total = np.float32(0)
             for j in range(width):

@@ -23,27 +23,44 @@ MAX_HIDDEN = 16384
 _TILE = 1024  # values that a program of short rows takes
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-    """See :func:`kernels.norm.rms_norm`."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, is_invariant: bool = False
+) -> Tensor:
+    """See :func:`kernels.norm.rms_norm`.
+
+    ``is_invariant``: a row's sum is taken in the same order however many rows there are.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _norm((out, x, None, weight), eps, offset)
+        _norm((out, x, None, weight), eps, offset, is_invariant)
     return out
 
 
 def add_rms_norm_(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    is_invariant: bool = False,
 ) -> Tensor:
-    """See :func:`kernels.norm.add_rms_norm_`."""
+    """See :func:`kernels.norm.add_rms_norm_`; ``is_invariant`` as in :func:`rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _norm((out, x, residual, weight), eps, offset)
+        _norm((out, x, residual, weight), eps, offset, is_invariant)
     return out
 
 
 @planned
 def _norm(
-    out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    is_invariant: bool,
 ) -> Launcher:
     assert x.dim() in (2, 3) and x.stride(-1) == 1
     if residual is not None:
@@ -58,7 +75,7 @@ def _norm(
     rows = max(1, _TILE // block)
     num_programs = triton.cdiv(num_rows, rows)
     # Few programs are about latency: as many threads as a row can feed with 16 bytes each.
-    is_few = num_programs <= 2 * num_multiprocessors(x.device)
+    is_few = is_invariant or num_programs <= 2 * num_multiprocessors(x.device)
     num_warps = max(1, min(32, rows * block // (256 if is_few else 512)))
     is_dependent = has_dependent_launch(x.device)
     return Launcher(

@@ -221,6 +221,22 @@ def choose_tiles(q: Tensor, k_cache: Tensor, num_requests: int, max_query_len: i
     return PrefillTiles(num_rows, wide.num_keys, 4, wide.num_stages)
 
 
+def invariant_tiles(q: Tensor, k_cache: Tensor) -> PrefillTiles:
+    """One shape for queries of any number, so that a query's output depends on no other query.
+
+    A query's keys are walked in tiles counted from key 0, and a tile that it does not see adds 0.
+    So its bits follow from the tiles' shape alone, not from the chunk of a prompt that it is in.
+    """
+    group, dim = q.shape[1] // k_cache.shape[2], q.shape[2]
+    if q.dtype == torch.float32:
+        tiles = PrefillTiles(32, 32, 4, 2)
+    elif dim > 128:
+        tiles = PrefillTiles(64, 32, 4, 2)
+    else:
+        tiles = PrefillTiles(64, 64, 4, 3 if dim <= 64 else 2)
+    return replace(tiles, num_rows=max(tiles.num_rows, triton.next_power_of_2(group)))
+
+
 def _fills_wide_programs(q: Tensor, group: int, num_requests: int) -> bool:
     """Whether tiles of 256 rows and 16 warps pay: on Hopper or later, with as many of them as there
     are multiprocessors, and requests that fill one on average (single tokens leave it empty)."""
@@ -296,5 +312,12 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "bf16, D 256, soft cap": call(dim=256, soft_cap=50.0),
         "bf16, D 80, drafts": call(dim=80, max_query_len=5),
         "bf16, fp8 cache, suffix": call(cache_dtype=fp8, has_key_start=True, return_lse=True),
+        "bf16, D 128, one tiling for all": call(
+            max_query_len=1,
+            tiles=invariant_tiles(
+                torch.empty(2, 32, 128, dtype=torch.bfloat16, device="meta"),
+                torch.empty(1, 16, 8, 128, dtype=torch.bfloat16, device="meta"),
+            ),
+        ),
         "fp16, int8 cache, fixed scales": call(torch.float16, cache_dtype=torch.int8, scale_dims=1),
     }

@@ -115,7 +115,7 @@ def _rope(
     cache = v_cache
     scale = v_scale
     block_size = 1 if cache is None else cache.shape[1]
-    rows = _rows_a_program(num_tokens, total, heads.device)
+    rows = _rows_a_program(num_tokens, total, head_dim, heads.device)
     is_dependent = has_dependent_launch(heads.device)
     return Launcher(
         rope_kernel,
@@ -150,10 +150,15 @@ def _rope(
     )
 
 
-def _rows_a_program(num_tokens: int, total: int, device: torch.device) -> int:
-    """Heads a program: all of a token where tokens fill the card by themselves, else a few."""
+def _rows_a_program(num_tokens: int, total: int, head_dim: int, device: torch.device) -> int:
+    """Heads a program: all of a token where tokens fill the card by themselves, else a few.
+
+    Not fewer than give each thread eight values of a head's half: how many it has decides in which
+    order a head's squares are added, which must not depend on the number of tokens.
+    """
     enough = total * num_tokens // (64 * num_multiprocessors(device))
     least = 8 if num_tokens > 1 else 4
+    least = max(least, min(64, triton.next_power_of_2(triton.cdiv(512, head_dim))))
     return int(max(least, min(64, triton.next_power_of_2(max(1, enough)))))
 
 

@@ -270,6 +270,6 @@ def test_reasons_are_sentences_and_graph_support_is_declared(option: str) -> Non
     pool = make_pool("model_dtype")
     assert all(isinstance(r, str) and r for r in attention.unsupported_reasons([LAYER], pool))
     # `auto` supports what its picks do: on a CPU, what the reference does.
-    always = {"triton"}
+    always = {"triton", "invariant"}
     wanted = CudaGraphSupport.ALWAYS if option in always else CudaGraphSupport.NEVER
     assert attention.cudagraph_support is wanted
