@@ -124,9 +124,7 @@ class CascadeAttention(AttentionBackend):
             return ()
         self._block_size = batch.block_size
         max_groups = min(self.config.max_groups, num_requests // self.config.min_requests)
-        self._buffers = PlanBuffers(
-            num_requests, num_columns, max_groups, batch.block_table.device
-        )
+        self._buffers = PlanBuffers(num_requests, num_columns, max_groups, batch.block_table.device)
         return (StepForm(_FORM, self.config.step_granularity),)
 
     def prepared_metadata(self, batch: ForwardBatch, form: str) -> CascadeMetadata:

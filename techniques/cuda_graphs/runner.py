@@ -37,8 +37,8 @@ _Key = tuple[int, str]
 
 
 class CudaGraphRunner(GraphRunner):
-    """One CUDA graph a size and form, all in one memory pool; larger ones are captured first, so that the
-    smaller ones find their memory there.
+    """One CUDA graph a size and form, all in one memory pool; larger ones are captured first, so
+    that the smaller ones find their memory there.
 
     A replay launches a whole step by one call. Everything that it reads lies in buffers and tables
     on the device, so nothing has to be set up for it but the rows that run.
@@ -75,9 +75,9 @@ class CudaGraphRunner(GraphRunner):
     def capture(self, step: DecodeStep) -> None:
         largest = min(self.config.max_size or step.max_size, step.max_size)
         sizes = {PLAIN_FORM: capture_sizes(largest, self.config.granularity)}
-        for form in step.forms:
-            few = range(form.granularity, largest, form.granularity)
-            sizes[form.name] = [*few, largest]
+        for extra in step.forms:
+            few = range(extra.granularity, largest, extra.granularity)
+            sizes[extra.name] = [*few, largest]
         keys = [(size, form) for form, all_sizes in sizes.items() for size in all_sizes]
         torch.cuda.synchronize()
         before = torch.cuda.memory_reserved()

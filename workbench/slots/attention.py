@@ -117,7 +117,7 @@ class AttentionBackend(Component):
         steps, what the form reads. Its prepared steps may still run in the plain form."""
         return PLAIN_FORM
 
-    def note_prepared(self, form: str) -> None:  # noqa: B027 - most forms count nothing
+    def note_prepared(self, form: str) -> None:
         """Count one step that runs in this form, of the batch that was last shown."""
 
 
