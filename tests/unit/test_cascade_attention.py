@@ -454,6 +454,7 @@ def test_prepared_steps_have_the_same_tokens_and_the_same_groups(
     assert isinstance(runner, CallingRunner)
     assert set(runner.forms) == {"", "cascade"}, "some batches have groups, and some have none"
     mine, theirs = prepared.counters(), one_by_one.counters()
+    assert mine["scheduler.in_flight_tokens"] == theirs["scheduler.in_flight_tokens"] > 0
     for name in theirs:
         if name.startswith("attention."):
             assert mine[name] == theirs[name] > 0, name
