@@ -50,7 +50,8 @@ class KVSpace:
 
     The one place where manager, prefix cache and host tier meet; only the scheduler calls it. A
     request's life here: ``prepare`` when it arrives, ``find`` and ``admit`` when it starts,
-    ``grow`` as it runs, ``publish`` once KV is written, and ``release`` or ``preempt``.
+    ``grow`` as it runs, ``publish_planned`` once the step that writes a prompt's KV is planned and
+    ``publish`` once KV is written, and ``release`` or ``preempt``.
     """
 
     def __init__(
