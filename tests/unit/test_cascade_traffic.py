@@ -53,7 +53,9 @@ def test_tokens_are_those_of_the_plain_engine(cache: str, prefill: str, loop: st
         *pieces,
         max_num_seqs=8,
     )
-    stops = [(rng.choice(tokens),) if rng.random() < 0.3 else () for tokens in alone]
+    stops: list[tuple[int, ...]] = [
+        (rng.choice(tokens),) if rng.random() < 0.3 else () for tokens in alone
+    ]
     waiting, aborted = list(range(len(prompts))), set()
     got: dict[str, list[int]] = {f"r{i}": [] for i in waiting}
     while waiting or engine.has_unfinished():
