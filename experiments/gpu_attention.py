@@ -124,16 +124,19 @@ def make_batch(
     cache_dtype: torch.dtype | None = None,
     scales_of: str = "tokens",
     shared_tokens: int = 0,
+    num_groups: int = 1,
 ) -> Batch:
-    """Fresh random inputs; requests share the blocks of their first ``shared_tokens`` tokens."""
+    """Fresh random inputs; requests share the blocks of their first ``shared_tokens`` tokens, the
+    requests of each group, which take turns."""
     queries = [query_lens] * len(seq_lens) if isinstance(query_lens, int) else list(query_lens)
     shared = shared_tokens // block_size
     pages = [-(-n // block_size) - shared for n in seq_lens]
-    num_blocks = sum(pages) + shared + 1
+    num_blocks = sum(pages) + num_groups * shared + 1
     blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
     table = torch.zeros(len(pages), shared + max(pages), dtype=torch.int32, device=DEVICE)
-    used = shared
-    table[:, :shared] = blocks[:shared]
+    used = num_groups * shared
+    for group in range(num_groups):
+        table[group::num_groups, :shared] = blocks[group * shared : (group + 1) * shared]
     for row, count in enumerate(pages):
         table[row, shared : shared + count] = blocks[used : used + count]
         used += count
@@ -222,10 +225,24 @@ def describe(batch: Batch, seq_lens: Sequence[int], query_lens: Sequence[int]) -
     }
 
 
-def cascade_work(num_requests: int, shared: int, own: int, *, is_cascade: bool) -> Work:
-    """Requests over physically shared blocks: one pass over them, or each request on its own."""
+def cascade_work(
+    num_requests: int,
+    shared: int,
+    own: int,
+    *,
+    is_cascade: bool,
+    num_groups: int = 1,
+    max_groups: int = 0,
+    heads: int = 32,
+) -> Work:
+    """Requests over physically shared blocks: one pass over them, or each request on its own.
+
+    Over 0, ``max_groups`` makes it the call of a captured step, with buffers for so many groups.
+    """
     seq_lens = [shared + own] * num_requests
-    batches = [make_batch(seq_lens, shared_tokens=shared) for _ in range(8)]
+    options: dict[str, Any] = {"shared_tokens": shared, "num_groups": num_groups, "heads": heads}
+    batches = [make_batch(seq_lens, **options) for _ in range(8)]
+    empty = max(0, max_groups - num_groups)
 
     def run(batch: Batch) -> Tensor:
         if not is_cascade:
@@ -238,19 +255,21 @@ def cascade_work(num_requests: int, shared: int, own: int, *, is_cascade: bool) 
             batch.query_start_loc,
             batch.seq_lens,
             batch.scale,
-            group_block_table=batch.block_table[:1, : shared // batch.k_cache.shape[1]],
+            group_block_table=batch.block_table[: num_groups + empty],
             prefix_lens=constants[0],
             token_index=constants[1],
             group_start_loc=constants[2],
             key_start=constants[3],
             max_query_len=1,
+            is_padded=max_groups > 0,
         )
 
     index: dict[str, Any] = {"dtype": torch.int32, "device": DEVICE}
+    starts = range(0, num_requests + 1, num_requests // num_groups)
     constants = (
-        torch.tensor([shared], **index),
-        torch.arange(num_requests, **index),
-        torch.tensor([0, num_requests], **index),
+        torch.tensor([shared] * num_groups + [0] * empty, **index),
+        torch.arange(num_requests, **index).view(-1, num_groups).T.reshape(-1),
+        torch.tensor([*starts, *[num_requests] * empty], **index),
         torch.full((num_requests,), shared, **index),
     )
     facts = describe(batches[0], seq_lens, [1] * num_requests) | {"shared": shared, "own": own}
@@ -259,8 +278,9 @@ def cascade_work(num_requests: int, shared: int, own: int, *, is_cascade: bool) 
         calls=[partial(run, batch) for batch in batches],
         error=lambda: relative_error(run(batches[0]), reference(batches[0])),
         bound=error_bound(torch.bfloat16),
-        num_bytes=(shared + num_requests * own) * per_token,
-        facts=facts | {"is_cascade": is_cascade},
+        num_bytes=(num_groups * shared + num_requests * own) * per_token,
+        facts=facts
+        | {"is_cascade": is_cascade, "num_groups": num_groups, "max_groups": max_groups},
     )
 
 
@@ -305,6 +325,17 @@ CASES: dict[str, Callable[[], Work]] = {
     "cascade 32 x (2048 shared + 128)": partial(cascade_work, 32, 2048, 128, is_cascade=True),
     "plain 256 x (2048 shared + 128)": partial(cascade_work, 256, 2048, 128, is_cascade=False),
     "cascade 256 x (2048 shared + 128)": partial(cascade_work, 256, 2048, 128, is_cascade=True),
+    **{
+        f"{name} 8 x 32 x (2048 shared + 160), {model}": partial(
+            cascade_work, 256, 2048, 160, num_groups=8, heads=heads, **how
+        )
+        for model, heads in {"32/8": 32, "16/8 (0.6B)": 16}.items()
+        for name, how in {
+            "plain": {"is_cascade": False},
+            "cascade": {"is_cascade": True},
+            "captured cascade": {"is_cascade": True, "max_groups": 16},
+        }.items()
+    },
 }
 
 

@@ -6,8 +6,8 @@
 Brings requests to a steady step of single tokens with random weights, or begins with their prompts
 (``phase=prefill``), records some steps with torch's profiler, and prints how long each kernel ran
 in a step, how often, and how long the GPU had nothing to do. ``trace=`` writes the recording for
-Perfetto or chrome://tracing. Everything else on the command line goes to Hydra, over
-``preset=gpu``.
+Perfetto or chrome://tracing. Everything else on the command line goes to Hydra, over ``preset=gpu``
+or the preset that it names: ``preset=gpu_cascade requests=256 context=2176 shared=2048 groups=8``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Options:
         Requests in the step, and tokens that each has at its start.
     phase
         ``decode``: steps of single tokens; ``prefill``: the first steps of the requests.
+    shared, groups
+        Leading ones of these tokens that the requests of a group have in common, and groups.
     steps
         Steps to record.
     trace
@@ -56,18 +58,26 @@ class Options:
     requests: int = 1
     context: int = 512
     phase: str = "decode"
+    shared: int = 0
+    groups: int = 1
     steps: int = 20
     trace: str = ""
 
     def __post_init__(self) -> None:
         if self.phase not in ("decode", "prefill"):
             raise ConfigError(f"phase={self.phase} must be decode or prefill.")
+        if not 0 <= self.shared < self.context or not 1 <= self.groups <= self.requests:
+            raise ConfigError(
+                f"shared={self.shared} must be under context={self.context}, and "
+                f"groups={self.groups} from 1 to requests={self.requests}."
+            )
 
 
 def add_requests(engine: Engine, options: Options, name: str) -> None:
-    """Random prompts, which share nothing."""
+    """Random prompts."""
     num_tokens = 3 * options.steps + 20 if options.phase == "decode" else 1
     ids = torch.randint(0, engine.parts.vocab_size, (options.requests, options.context))
+    ids[:, : options.shared] = ids[torch.arange(len(ids)) % options.groups, : options.shared]
     for index, prompt in enumerate(ids.tolist()):
         params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
         engine.add_request(prompt, params, f"{name}-{index}")
@@ -133,11 +143,16 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = command.parse(Options, arguments)
     if not torch.cuda.is_available():
         raise ConfigError("this experiment needs a CUDA device.")
-    composed = compose_config(
-        [f"model={options.model}", "weights=random", "preset=gpu", *overrides]
-    )
+    if not any(text.startswith("preset=") for text in overrides):
+        overrides = ["preset=gpu", *overrides]
+    composed = compose_config([f"model={options.model}", "weights=random", *overrides])
     most = options.context + 3 * options.steps + 20
-    pool = 3 * options.requests * (most + 64) + 4096
+    turns = 3 if options.phase == "prefill" else 1
+    pool = (
+        turns * options.requests * (most - options.shared + 64)
+        + turns * options.groups * most
+        + 4096
+    )
     limits = Limits(max(options.requests, 8), -(-most // 64) * 64, pool)
     engine = build_engine(engine_config(composed, limits))
     events, wall = record_steps(engine, options)

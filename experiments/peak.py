@@ -7,8 +7,8 @@ with those of an eager engine without any technique on the same weights: the fir
 differs must lie within ``epsilon`` logits of the eager engine's own choice, which in half precision
 is a tie. Prints the best known engine's figures on the same card and the floor of the memory and
 arithmetic that each load needs beside its own; where those come from stands in
-``results/anchors/``. Everything else on the command line goes to Hydra, over ``preset=gpu``, so
-that ``engine/graph_runner=eager`` shows what graphs are worth.
+``results/anchors/``. Everything else on the command line goes to Hydra, over ``preset=gpu`` or the
+preset that it names: ``preset=gpu_cascade workloads=shared_prefix`` reads shared prefixes once.
 """
 
 from __future__ import annotations
@@ -114,10 +114,12 @@ def make_engine(
 
 
 def probe_prompts(vocab_size: int, count: int = 24) -> list[list[int]]:
-    """Prompts of many lengths, two thirds of which share their beginning with another."""
-    ids = torch.randint(0, vocab_size, (count, 400), generator=torch.Generator().manual_seed(1))
-    prompts = [row[: 17 * n + 3].tolist() for n, row in enumerate(ids, start=1)]
-    return [p if n % 3 == 0 else prompts[0] + prompts[n // 3] + p for n, p in enumerate(prompts)]
+    """Prompts of many lengths, two thirds of which share their beginning with another; a third
+    share a long one."""
+    ids = torch.randint(0, vocab_size, (count + 1, 420), generator=torch.Generator().manual_seed(1))
+    *prompts, stem = [row[: 17 * n + 3].tolist() for n, row in enumerate(ids, start=1)]
+    starts = [lambda n: [], lambda n: stem, lambda n: prompts[0] + prompts[n // 3]]
+    return [starts[n % 3](n) + p for n, p in enumerate(prompts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +311,8 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = command.parse(Options, arguments)
     if not torch.cuda.is_available():
         raise ConfigError("this experiment needs a CUDA device.")
-    overrides = ["preset=gpu", *overrides]
+    if not any(text.startswith("preset=") for text in overrides):
+        overrides = ["preset=gpu", *overrides]
     line = command.command_line("peak", arguments)
     environment = collect_environment("cuda")
     folder = Path(options.results_dir)

@@ -177,6 +177,7 @@ def cascade_attend(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     max_query_len: int,
+    is_padded: bool = False,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """:func:`kernels.paged_attend`, with the keys that groups of requests share read once a group.
@@ -193,6 +194,11 @@ def cascade_attend(
         As of :func:`kernels.paged_attend`.
     max_query_len : int
         A bound on the queries of a request.
+    is_padded : bool
+        The groups are buffers of the largest size: ``group_start_loc`` ends with the number of
+        entries of ``token_index`` that are used, and groups past the last one are empty. Nothing
+        on the host depends on which those are, so that a captured graph may be replayed with
+        others.
     implementation : str
         As of :func:`shared_prefix_attend`.
 
@@ -214,7 +220,15 @@ def cascade_attend(
         # Before the prefix is launched: what the second kernel reads must not be written between.
         rest, key_start = as_int32(*rest), key_start.to(torch.int32)
         prior = prefix_states(
-            q, k_cache, v_cache, *groups, scale, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
+            q,
+            k_cache,
+            v_cache,
+            *groups,
+            scale,
+            soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            is_padded=is_padded,
         )
         out = paged_decode(
             q,
@@ -232,8 +246,12 @@ def cascade_attend(
         assert isinstance(out, Tensor)
         return out
     by: Implementation = "triton" if is_triton else "reference"
+    # Beside pieces of prompts few tokens are in a group: the rest has nothing to be joined with.
+    rows = None if is_padded or len(token_index) == len(q) else token_index.long()
+    if rows is not None:
+        groups = (*groups[:2], torch.arange(len(rows), device=q.device), group_start_loc)
     prefix = shared_prefix_attend(
-        q,
+        q if rows is None else q[rows],
         k_cache,
         v_cache,
         *groups,
@@ -257,7 +275,11 @@ def cascade_attend(
         max_query_len=max_query_len,
         implementation=by,
     )
-    return merge_states(*prefix, *own, implementation=by)[0]
+    if rows is None:
+        return merge_states(*prefix, *own, implementation=by)[0]
+    out, lse = own
+    out[rows] = merge_states(*prefix, out[rows], lse[rows], implementation=by)[0]
+    return out
 
 
 def _takes_triton(x: Tensor, implementation: Implementation) -> bool:

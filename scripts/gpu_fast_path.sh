@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and measures the fast path on one CUDA device: captured steps, overlap, fused kernels, products of few rows.
 # usage: WORKBENCH_COMMIT=$(git rev-parse HEAD) OUT=folder scripts/gpu_fast_path.sh [PART]...
-# Parts: checks, kernels, sanitize, peak, ablation, timeline.
+# Parts: checks, kernels, sanitize, peak, cascade, ablation, timeline.
 # Without a part, all of them but sanitize, which takes long. Records go to $OUT; every part runs whether or not the one before it failed, and the exit
 # status is that of the last one that did.
 set -uo pipefail
@@ -11,7 +11,7 @@ export PYTHONPATH=".:${PYTHONPATH:-}"
 status=0
 do_run() { echo "== $*"; local start=$SECONDS; "$@" || status=$?; echo "-- $((SECONDS - start)) s, status $status"; }
 
-for part in "${@:-checks kernels peak ablation timeline}"; do
+for part in "${@:-checks kernels peak cascade ablation timeline}"; do
     for name in $part; do
         case $name in
         checks)
@@ -45,13 +45,21 @@ for part in "${@:-checks kernels peak ablation timeline}"; do
                     tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py
             done
             ;;
+        cascade)
+            do_run python3 -m experiments.gpu_attention --only "8 x 32" --out "$OUT/cascade.jsonl"
+            do_run python3 -m experiments.peak preset=gpu_cascade workloads=shared_prefix results_dir="$OUT"
+            for model in qwen3-0.6b llama-3.1-8b; do
+                do_run python3 -m experiments.gpu_timeline preset=gpu_cascade model="$model" requests=256 \
+                    context=2176 shared=2048 groups=8
+            done
+            ;;
         timeline)
             for model in qwen3-0.6b llama-3.1-8b; do
                 do_run python3 -m experiments.gpu_timeline model="$model"
             done
             ;;
         *)
-            echo "no part '$name': checks, kernels, sanitize, peak, ablation or timeline" >&2
+            echo "no part '$name': checks, kernels, sanitize, peak, cascade, ablation or timeline" >&2
             exit 2
             ;;
         esac

@@ -61,7 +61,7 @@ from kernels.triton.tiles import (
 )
 
 _MAX_TILE_ROWS = 64
-_BLOCK_B = (1, 16, 128, 1024)  # requests looked at together; each is a kernel of its own
+_BLOCK_B = (1, 16, 128, 256, 1024)  # requests looked at together; each is a kernel of its own
 _MIN_COUNTERS = 1 << 17
 _COUNTERS: dict[torch.device, list[Tensor]] = {}
 

@@ -216,15 +216,17 @@ def prefix_states(
     v_scale: Tensor | None = None,
     tiling: PrefixTiling | None = None,
     is_filled: bool = False,
+    is_padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention to shared prefixes in parts: ``[S, T, Hq, D]`` and ``[S, T, Hq]``, both fp32.
 
-    Arguments as in :func:`kernels.shared_prefix_attend`; ``S`` is chosen from shapes. Rows of
-    tokens in no group are 0 and ``-inf`` with ``is_filled``, else undefined.
+    Arguments as in :func:`kernels.shared_prefix_attend`, and ``is_padded`` as in
+    :func:`kernels.shared_prefix.cascade_attend`; ``S`` is chosen from shapes. Rows of tokens in no
+    group are 0 and ``-inf`` with ``is_filled``, else undefined.
     """
     groups = (group_block_table, prefix_lens, token_index, group_start_loc)
     tensors = (q, k_cache, v_cache, k_scale, v_scale, *groups)
-    launch = _prefix.find(tensors, scale, soft_cap, tiling)
+    launch = _prefix.find(tensors, scale, soft_cap, tiling, is_padded)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     shape, lse_shape = launch.scratch
     if is_filled and len(token_index) < len(q):
@@ -250,22 +252,29 @@ def _prefix(
     scale: float,
     soft_cap: float | None,
     tiling: PrefixTiling | None,
+    is_padded: bool,
 ) -> Launcher:
     assert q.stride(2) == 1
     num_tokens, num_heads, head_dim = q.shape
     num_requests, num_groups = len(token_index), len(prefix_lens)
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
+    num_rows = num_requests * group
     if tiling is None:
-        rows_per_group = triton.cdiv(num_requests, max(1, num_groups)) * group
+        # Of a padded batch, whose groups nobody knows here: as if all were in one.
+        likely_groups = 1 if is_padded else max(1, num_groups)
+        rows_per_group = triton.cdiv(num_requests, likely_groups) * group
         tiling = choose_tiling(head_dim, q.dtype, rows_per_group)
     # Full tiles, and at most one more for each group.
-    num_tiles = num_requests * group // tiling.block_m + num_groups
+    num_tiles = num_rows // tiling.block_m + num_groups
     num_parts = tiling.num_parts
     if num_parts is None:
         longest = group_block_table.shape[1] * block_size
         programs = 2 * num_multiprocessors(q.device)
-        wanted = triton.cdiv(programs, max(1, num_kv_heads * num_tiles))
+        if is_padded:  # tiles of no row end at once; the others are to run all at a time
+            wanted = programs // (num_kv_heads * max(1, num_rows // tiling.block_m))
+        else:
+            wanted = triton.cdiv(programs, max(1, num_kv_heads * num_tiles))
         num_parts = max(1, min(wanted, longest // _MIN_PART, _MAX_PARTS))
     scales, products = scale_mode(k_cache, k_scale), products_dtype(q, k_cache)
     k_cache, v_cache, kind = cache_views(k_cache, v_cache)

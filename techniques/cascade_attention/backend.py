@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import kernels
 from kernels import triton
+from kernels.attention import MAX_DECODE_QUERIES
 from kernels.shared_prefix import cascade_attend
 from techniques.attention import (
     capability_reasons,
@@ -17,12 +17,19 @@ from techniques.attention import (
     quantized_reasons,
 )
 from techniques.cascade_attention.groups import PrefixGroup, find_groups
+from techniques.cascade_attention.plan import GroupTensors, PlanBuffers, group_tensors
 from workbench.core.errors import ConfigError
 from workbench.core.step import ForwardBatch
-from workbench.slots.attention import AttentionBackend, AttentionLayer
+from workbench.slots.attention import (
+    PLAIN_FORM,
+    AttentionBackend,
+    AttentionLayer,
+    CudaGraphSupport,
+    StepForm,
+)
 from workbench.slots.kv_pool import KVPool
 
-_ALIGNMENT = 4  # int32: pieces of one tensor start at multiples of 16 bytes, as kernels like them
+_FORM = "cascade"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +42,34 @@ class CascadeConfig:
         Requests that must share a prefix.
     min_shared_tokens
         Tokens that it must have.
+    max_groups
+        Groups of a prepared step; of more, those are kept that save the most.
+    step_granularity
+        Prepared steps with groups have sizes that are multiples of it.
     """
 
     min_requests: int = 4
     min_shared_tokens: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTensors:
-    """The groups of a batch as :func:`kernels.shared_prefix.cascade_attend` takes them, int32.
-
-    Attributes
-    ----------
-    group_block_table : Tensor[G, P]
-    prefix_lens : Tensor[G]
-    token_index : Tensor[N]
-    group_start_loc : Tensor[G + 1]
-    key_start : Tensor[B]
-    """
-
-    group_block_table: torch.Tensor
-    prefix_lens: torch.Tensor
-    token_index: torch.Tensor
-    group_start_loc: torch.Tensor
-    key_start: torch.Tensor
+    max_groups: int = 16
+    step_granularity: int = 32
 
 
 @dataclass(frozen=True, slots=True)
 class CascadeMetadata:
-    """A batch, and its groups where there are any."""
+    """A batch, and its groups where there are any.
+
+    Attributes
+    ----------
+    is_prepared
+        It is of a prepared step: the batch's host lengths are those of no step, and the groups
+        are known on the device alone.
+    """
 
     batch: ForwardBatch
     groups: list[PrefixGroup]
     tensors: GroupTensors | None
     max_query_len: int
+    is_prepared: bool = False
 
 
 class CascadeAttention(AttentionBackend):
@@ -76,11 +77,17 @@ class CascadeAttention(AttentionBackend):
     of each request to what follows it in another, joined exactly by their log-sum-exps.
 
     Groups are found by the block tables alone: whatever shares blocks shares a prefix. Layers with
-    a sliding window, and batches without a group, take the plain kernel.
+    a sliding window, and batches without a group, take the plain kernel. So do requests with a
+    piece of a prompt: its queries are many for the keys that they meet as it is.
+
+    A prepared step has a form with groups beside the plain one. It reads them from tensors on the
+    device, which are written anew where the requests that decode change.
     """
 
     Config = CascadeConfig
     config: CascadeConfig
+    #: Launches depend on shapes alone.
+    cudagraph_support = CudaGraphSupport.UNIFORM_SINGLE_TOKEN
 
     def __init__(self, config: CascadeConfig | None = None) -> None:
         super().__init__(config)
@@ -89,6 +96,14 @@ class CascadeAttention(AttentionBackend):
                 f"attention.min_requests={self.config.min_requests} must be 2 or more, and "
                 f"min_shared_tokens={self.config.min_shared_tokens} 1 or more."
             )
+        if self.config.max_groups < 1 or self.config.step_granularity < 1:
+            raise ConfigError(
+                f"attention.max_groups={self.config.max_groups} and "
+                f"step_granularity={self.config.step_granularity} must be 1 or more."
+            )
+        self._buffers: PlanBuffers | None = None
+        self._planned: list[PrefixGroup] = []  # in the buffers
+        self._block_size = 0
         self._last: CascadeMetadata | None = None
         self.reset_counters()
 
@@ -96,17 +111,53 @@ class CascadeAttention(AttentionBackend):
         # While the same requests decode, their batch is one object and only their ends grow.
         if self._last is None or self._last.batch is not batch:
             groups = self._find(batch)
-            tensors = _tensors(batch, groups) if groups else None
+            tensors = group_tensors(batch, groups) if groups else None
             self._last = CascadeMetadata(batch, groups, tensors, batch.max_query_len)
-        self._count(self._last)
+        self._count(self._last.groups, batch.block_size)
         return self._last
+
+    # -- prepared steps -----------------------------------------------------------------------
+
+    def step_forms(self, batch: ForwardBatch) -> tuple[StepForm, ...]:
+        num_requests, num_columns = batch.block_table.shape
+        if num_requests < self.config.min_requests:
+            return ()
+        self._block_size = batch.block_size
+        max_groups = min(self.config.max_groups, num_requests // self.config.min_requests)
+        self._buffers = PlanBuffers(num_requests, num_columns, max_groups, batch.block_table.device)
+        return (StepForm(_FORM, self.config.step_granularity),)
+
+    def prepared_metadata(self, batch: ForwardBatch, form: str) -> CascadeMetadata:
+        tensors = None
+        if form == _FORM:
+            assert self._buffers is not None
+            tensors = self._buffers.tensors(batch.num_requests)
+        return CascadeMetadata(batch, [], tensors, 1, is_prepared=True)
+
+    def choose_form(self, batch: ForwardBatch) -> str:
+        groups = self._find(batch)
+        if not groups:
+            return PLAIN_FORM
+        assert self._buffers is not None
+        if len(groups) > self._buffers.max_groups:
+            groups.sort(key=lambda group: -group.saved_blocks)
+            groups = sorted(groups[: self._buffers.max_groups], key=lambda group: group.members)
+        self._buffers.write(batch, groups)
+        self._planned = groups
+        return _FORM
+
+    def note_prepared(self, form: str) -> None:
+        if form == _FORM:
+            self._count(self._planned, self._block_size)
+
+    # -- groups -------------------------------------------------------------------------------
 
     def _find(self, batch: ForwardBatch) -> list[PrefixGroup]:
         if batch.num_requests < self.config.min_requests:
             return []
-        # Of the tokens before this step alone: others may be writing the rest in it.
+        # Of the tokens before its queries alone: these do not see all that comes after.
         num_complete = [
-            (length - queries) // batch.block_size
+            (length - queries) // batch.block_size if queries <= MAX_DECODE_QUERIES else 0
             for length, queries in zip(batch.seq_lens_host, batch.query_lens_host, strict=True)
         ]
         return find_groups(
@@ -133,7 +184,8 @@ class CascadeAttention(AttentionBackend):
                 sliding_window=layer.sliding_window,
                 soft_cap=layer.soft_cap,
                 query_lens=batch.query_lens_host,
-                seq_lens_list=batch.seq_lens_host,
+                seq_lens_list=None if metadata.is_prepared else batch.seq_lens_host,
+                max_query_len=metadata.max_query_len,
             )
         return cascade_attend(
             q,
@@ -150,6 +202,7 @@ class CascadeAttention(AttentionBackend):
             key_start=groups.key_start,
             soft_cap=layer.soft_cap,
             max_query_len=metadata.max_query_len,
+            is_padded=metadata.is_prepared,
         )
 
     def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
@@ -171,14 +224,14 @@ class CascadeAttention(AttentionBackend):
 
     # -- counters -----------------------------------------------------------------------------
 
-    def _count(self, metadata: CascadeMetadata) -> None:
-        counts, size = self._counts, metadata.batch.block_size
-        counts["steps_with_groups"] += bool(metadata.groups)
-        for group in metadata.groups:
+    def _count(self, groups: list[PrefixGroup], block_size: int) -> None:
+        counts = self._counts
+        counts["steps_with_groups"] += bool(groups)
+        for group in groups:
             counts["prefix_groups"] += 1
             counts["grouped_requests"] += len(group.members)
-            counts["prefix_tokens_read"] += group.num_blocks * size
-            counts["prefix_tokens_saved"] += group.saved_blocks * size
+            counts["prefix_tokens_read"] += group.num_blocks * block_size
+            counts["prefix_tokens_saved"] += group.saved_blocks * block_size
 
     def counters(self) -> dict[str, float]:
         return dict(self._counts)
@@ -192,39 +245,3 @@ class CascadeAttention(AttentionBackend):
             "prefix_tokens_saved",
         )
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
-
-
-def _tensors(batch: ForwardBatch, groups: list[PrefixGroup]) -> GroupTensors:
-    """Groups on the device, in one copy."""
-    table, size = batch.host_block_table(), batch.block_size
-    starts = np.cumsum([0, *batch.query_lens_host])
-    tokens = [
-        [np.arange(starts[member], starts[member + 1]) for member in group.members]
-        for group in groups
-    ]
-    blocks = np.zeros((len(groups), max(group.num_blocks for group in groups)), np.int32)
-    key_start = np.zeros(batch.num_requests, np.int32)
-    for row, group in zip(blocks, groups, strict=True):
-        row[: group.num_blocks] = table[group.members[0], : group.num_blocks]
-        key_start[list(group.members)] = group.num_blocks * size
-    lengths = [sum(map(len, parts)) for parts in tokens]
-    pieces = [
-        blocks.ravel(),
-        np.array([group.num_blocks * size for group in groups]),
-        np.concatenate([part for parts in tokens for part in parts]),
-        np.cumsum([0, *lengths]),
-        key_start,
-    ]
-    table_of, lens, index, start_loc, first_key = _to_device(pieces, batch.block_table.device)
-    return GroupTensors(table_of.view(blocks.shape), lens, index, start_loc, first_key)
-
-
-def _to_device(pieces: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Pieces as int32 tensors, views of one that is copied once."""
-    padded = [-(-len(piece) // _ALIGNMENT) * _ALIGNMENT for piece in pieces]
-    begins = np.cumsum([0, *padded])
-    packed = np.zeros(begins[-1], np.int32)
-    for begin, piece in zip(begins, pieces, strict=False):
-        packed[begin : begin + len(piece)] = piece
-    whole = torch.from_numpy(packed).to(device, non_blocking=True)
-    return [whole[a : a + len(piece)] for a, piece in zip(begins, pieces, strict=False)]

@@ -1,4 +1,4 @@
-"""Captures steps of single tokens in CUDA graphs, one a padded size, and replays them."""
+"""Captures steps of single tokens in CUDA graphs, one a padded size and form, and replays them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from kernels.triton import compiled_together
 from workbench.core.errors import ConfigError
-from workbench.slots.attention import AttentionBackend, CudaGraphSupport
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend, CudaGraphSupport
 from workbench.slots.graph_runner import DecodeStep, GraphRunner
 from workbench.slots.platform import Platform
 
@@ -33,9 +33,13 @@ class CudaGraphConfig:
     granularity: int = 8
 
 
+#: Size and form of a prepared step.
+_Key = tuple[int, str]
+
+
 class CudaGraphRunner(GraphRunner):
-    """One CUDA graph a size, all in one memory pool; larger ones are captured first, so that the
-    smaller ones find their memory there.
+    """One CUDA graph a size and form, all in one memory pool; larger ones are captured first, so
+    that the smaller ones find their memory there.
 
     A replay launches a whole step by one call. Everything that it reads lies in buffers and tables
     on the device, so nothing has to be set up for it but the rows that run.
@@ -51,11 +55,11 @@ class CudaGraphRunner(GraphRunner):
                 f"engine.graph_runner.max_size={self.config.max_size} must not be negative, and "
                 f"engine.graph_runner.granularity={self.config.granularity} must be positive."
             )
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        #: What components count in one step of a size.
-        self._counts: dict[int, dict[str, float]] = {}
-        self._replays: dict[int, int] = {}
-        self._size_of: list[int] = []  # by number of requests
+        self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
+        #: What components count in one step.
+        self._counts: dict[_Key, dict[str, float]] = {}
+        self._replays: dict[_Key, int] = {}
+        self._size_of: dict[str, list[int]] = {}  # by form, then by number of requests
         self._num_bytes = 0
 
     def unsupported_reasons(self, platform: Platform, attention: AttentionBackend) -> list[str]:
@@ -70,9 +74,12 @@ class CudaGraphRunner(GraphRunner):
         return reasons
 
     def capture(self, step: DecodeStep) -> None:
-        sizes = capture_sizes(
-            min(self.config.max_size or step.max_size, step.max_size), self.config.granularity
-        )
+        largest = min(self.config.max_size or step.max_size, step.max_size)
+        sizes = {PLAIN_FORM: capture_sizes(largest, self.config.granularity)}
+        for extra in step.forms:
+            few = range(extra.granularity, largest, extra.granularity)
+            sizes[extra.name] = [*few, largest]
+        keys = [(size, form) for form, all_sizes in sizes.items() for size in all_sizes]
         torch.cuda.synchronize()
         before = torch.cuda.memory_reserved()
         pool = torch.cuda.graph_pool_handle()
@@ -84,40 +91,42 @@ class CudaGraphRunner(GraphRunner):
         try:
             with torch.cuda.stream(stream):
                 with compiled_together():  # what these runs compute is never read
-                    for size in sizes:
-                        step.run(size)
-                for size in reversed(sizes):
-                    self._capture(step, size, pool)
+                    for key in sorted(keys):
+                        step.run(*key)
+                for key in sorted(keys, reverse=True):
+                    self._capture(step, key, pool)
         finally:
             if collects:
                 gc.enable()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._num_bytes = torch.cuda.memory_reserved() - before
-        self._size_of = [sizes[0]]
-        for smaller, size in pairwise([0, *sizes]):
-            self._size_of += [size] * (size - smaller)
+        for form, all_sizes in sizes.items():
+            size_of = self._size_of[form] = [all_sizes[0]]
+            for smaller, size in pairwise([0, *all_sizes]):
+                size_of += [size] * (size - smaller)
 
-    def _capture(self, step: DecodeStep, size: int, pool: Any) -> None:
-        step.run(size)  # compiles what is left, and makes libraries allocate what they keep
+    def _capture(self, step: DecodeStep, key: _Key, pool: Any) -> None:
+        step.run(*key)  # compiles what is left, and makes libraries allocate what they keep
         before = step.counters()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool)
         try:
-            step.run(size)
+            step.run(*key)
         finally:
             graph.capture_end()
         counted = step.counters()
-        self._counts[size] = {k: v - before.get(k, 0) for k, v in counted.items()}
-        self._graphs[size] = graph
-        self._replays[size] = 0
+        self._counts[key] = {k: v - before.get(k, 0) for k, v in counted.items()}
+        self._graphs[key] = graph
+        self._replays[key] = 0
 
-    def dispatch(self, num_requests: int) -> int | None:
-        return self._size_of[num_requests] if num_requests < len(self._size_of) else None
+    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        size_of = self._size_of.get(form, [])
+        return size_of[num_requests] if num_requests < len(size_of) else None
 
-    def run(self, size: int) -> None:
-        self._graphs[size].replay()
-        self._replays[size] += 1
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
+        self._graphs[size, form].replay()
+        self._replays[size, form] += 1
 
     def counters(self) -> dict[str, float]:
         return {"graphs": len(self._graphs), "replays": sum(self._replays.values())}
@@ -127,8 +136,8 @@ class CudaGraphRunner(GraphRunner):
 
     def replayed_counters(self) -> dict[str, float]:
         total: dict[str, float] = {}
-        for size, replays in self._replays.items():
-            for name, count in self._counts[size].items():
+        for key, replays in self._replays.items():
+            for name, count in self._counts[key].items():
                 total[name] = total.get(name, 0) + count * replays
         return total
 

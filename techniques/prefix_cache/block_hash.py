@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from itertools import islice
 
 from techniques.prefix_cache.order import EvictionOrder, order_of
-from techniques.prefix_cache.shared import TOKEN_BYTES, Lookup, SharingCache, token_bytes
+from techniques.prefix_cache.shared import (
+    TOKEN_BYTES,
+    Lookup,
+    SharingCache,
+    SharingConfig,
+    token_bytes,
+)
 from workbench.core.request import Request
 from workbench.slots.eviction import Eviction
 from workbench.slots.prefix_cache import PrefixMatch, Published
@@ -33,7 +39,9 @@ class BlockHashCache(SharingCache):
     back. ``Request.prefix_key`` is the list of its whole blocks' identities.
     """
 
-    def __init__(self, config: object = None, *, block_size: int, eviction: Eviction) -> None:
+    def __init__(
+        self, config: SharingConfig | None = None, *, block_size: int, eviction: Eviction
+    ) -> None:
         super().__init__(config, block_size=block_size, eviction=eviction)
         self._block_of: dict[int, int] = {}  # by key
         self._identity_of: list[_Identity | None] = []  # None: not cached

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from techniques.prefix_cache.order import EvictionOrder, order_of
-from techniques.prefix_cache.shared import TOKEN_BYTES, Lookup, SharingCache, token_bytes
+from techniques.prefix_cache.shared import (
+    TOKEN_BYTES,
+    Lookup,
+    SharingCache,
+    SharingConfig,
+    token_bytes,
+)
 from workbench.core.request import Request
 from workbench.slots.eviction import Eviction
 from workbench.slots.prefix_cache import PrefixMatch, Published
@@ -64,7 +70,9 @@ class RadixCache(SharingCache):
     of all tokens that were needed so far.
     """
 
-    def __init__(self, config: object = None, *, block_size: int, eviction: Eviction) -> None:
+    def __init__(
+        self, config: SharingConfig | None = None, *, block_size: int, eviction: Eviction
+    ) -> None:
         super().__init__(config, block_size=block_size, eviction=eviction)
         self._block_bytes = block_size * TOKEN_BYTES
         self._root = _Node(bytearray(), [], 0, None, b"", 1)

@@ -16,6 +16,20 @@ TOKEN_BYTES = array("i").itemsize
 
 
 @dataclass(frozen=True, slots=True)
+class SharingConfig:
+    """Options of :class:`SharingCache`.
+
+    Attributes
+    ----------
+    share_in_flight
+        Requests share a prefix with the one that computes it from the very step that does so;
+        else from the next step on.
+    """
+
+    share_in_flight: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Lookup(PrefixMatch):
     """A match that was looked up, with what is counted once it is used.
 
@@ -55,8 +69,14 @@ class SharingCache(PrefixCache):
       on the old one would take a block out of what may be evicted that nobody has reserved.
     """
 
-    def __init__(self, config: object = None, *, block_size: int, eviction: Eviction) -> None:
+    Config = SharingConfig
+    config: SharingConfig
+
+    def __init__(
+        self, config: SharingConfig | None = None, *, block_size: int, eviction: Eviction
+    ) -> None:
         super().__init__(config, block_size=block_size, eviction=eviction)
+        self.shares_in_flight = self.config.share_in_flight
         if not eviction.orders:
             raise ConfigError(
                 f"prefix cache {type(self).__name__} must give up blocks when the pool runs dry, "

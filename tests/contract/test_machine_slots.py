@@ -81,6 +81,8 @@ def test_parallel_on_one_process_sums_nothing(option: str) -> None:
 class CountingStep:
     """A step that counts its runs."""
 
+    forms = ()
+
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
@@ -88,7 +90,7 @@ class CountingStep:
     def max_size(self) -> int:
         return 20
 
-    def run(self, size: int) -> None:
+    def run(self, size: int, form: str = "") -> None:
         self.sizes.append(size)
 
     def counters(self) -> dict[str, float]:

@@ -466,7 +466,7 @@ def test_a_start_that_is_repeated_after_a_failed_step_is_cached_once(cache: str)
         eviction="lru",
         max_model_len=64,
         pool_tokens=128,
-        settings={"kv_cache": {"block_size": 4}},
+        settings={"kv_cache": {"block_size": 4}, "prefix_cache": {"share_in_flight": False}},
     )
     scheduler = make_scheduler(choice)
     runner = FakeRunner(scheduler)

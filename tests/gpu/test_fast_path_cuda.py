@@ -27,6 +27,19 @@ PLAIN = (
     "engine/platform=cuda",
     "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention]",
 )
+CASCADE = (
+    "engine.attention.min_requests=2",
+    "engine.attention.min_shared_tokens=16",
+    "engine.attention.step_granularity=4",
+)
+SHARING = ("preset=gpu_cascade", *CASCADE)
+UNOVERLAPPED_SHARING = (
+    "engine/platform=cuda",
+    "+technique=[continuous_batching,paged_attention,radix_cache,cascade_attention,cuda_graphs,"
+    "fused_kernels]",
+    *CASCADE,
+)
+FORMS = ("", "cascade")
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
@@ -42,10 +55,23 @@ def prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, 60))] for _ in range(count)]
 
 
-def check_a_replay_is_the_step_bit_for_bit(dtype: str) -> None:
+def sharing_prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of which most begin with one of three stems."""
+    rng = random.Random(seed)
+    vocab = engine.parts.vocab_size
+
+    def draw(count: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(count)]
+
+    stems = [draw(16), draw(40), draw(66), []]
+    return [rng.choice(stems) + draw(rng.randint(1, 30)) for _ in range(count)]
+
+
+def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
     """From the same tables, launched op by op and replayed: ids, logits, KV and tables agree."""
-    engine = engine_of(*UNOVERLAPPED, dtype=dtype)
-    for index, prompt in enumerate(prompts_of(engine, 6)):
+    engine = engine_of(*(UNOVERLAPPED_SHARING if form else UNOVERLAPPED), dtype=dtype)
+    prompts = sharing_prompts_of(engine, 6, seed=5) if form else prompts_of(engine, 6)
+    for index, prompt in enumerate(prompts):
         engine.add_request(prompt, SamplingParams(max_tokens=30, ignore_eos=True), f"r{index}")
     for _ in range(7):
         engine.step()
@@ -59,12 +85,12 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str) -> None:
             tensor.copy_(old)
         with torch.inference_mode():
             if is_replay:
-                runner.parts.graph_runner.run(8)
+                runner.parts.graph_runner.run(8, form)
             else:
-                step.run(8)
+                step.run(8, form)
         torch.cuda.synchronize()
         found.append(
-            [step.new_ids[:8].clone(), step.logits[8].clone(), *(t.clone() for t in state)]
+            [step.new_ids[:8].clone(), step.logits[8, form].clone(), *(t.clone() for t in state)]
         )
     # The trash block takes what padding writes, in any order.
     for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
@@ -72,21 +98,23 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str) -> None:
             eager, replayed = eager[: pool.num_blocks], replayed[: pool.num_blocks]
         assert torch.equal(eager, replayed), f"tensor {place} differs ({dtype})"
     assert not torch.equal(found[0][3], before[1]), "the step did nothing"
+    if form:
+        assert engine.counters()["attention.prefix_groups"] > 0, "the form was never chosen"
 
 
-def check_tokens_under_traffic() -> None:
+def check_tokens_under_traffic(shares: bool = False) -> None:
     """Arrivals, stops and aborts at random: the fast engine's tokens are the plain one's, fp32."""
     plain = engine_of(*PLAIN)
-    prompts = prompts_of(plain, 30, seed=3)
+    prompts = sharing_prompts_of(plain, 60, seed=3) if shares else prompts_of(plain, 30, seed=3)
     alone = [o.token_ids for o in plain.generate(prompts, GREEDY)]
-    fast = engine_of(*FAST)
+    fast = engine_of(*(SHARING if shares else FAST))
     rng = random.Random(5)
     stops = [rng.choice(tokens) if rng.random() < 0.4 else None for tokens in alone]
     got: dict[str, list[int]] = {}
     waiting = list(range(len(prompts)))
     aborted: set[str] = set()
     while waiting or fast.has_unfinished():
-        for _ in range(rng.randint(0, 4)):
+        for _ in range(12 if len(waiting) == len(prompts) else rng.randint(0, 4)):
             if waiting:
                 i = waiting.pop(0)
                 stop = [] if stops[i] is None else [stops[i]]
@@ -109,15 +137,23 @@ def check_tokens_under_traffic() -> None:
     assert ties <= 1, f"{ties} of {len(alone)} requests differ; near-ties of fp32 are rare"
     counters = fast.counters()
     assert counters["graph_runner.replays"] > 20 and counters["loop.steps_ahead"] > 20
-    assert counters["attention.decode_calls"] > 0
+    if shares:
+        replayed = fast.parts.graph_runner._replays  # type: ignore[attr-defined]
+        by_form = {form: sum(n for (_, f), n in replayed.items() if f == form) for form in FORMS}
+        assert min(by_form.values()) > 0, f"replays by form: {by_form}"
+        assert counters["attention.prefix_tokens_saved"] > 0
+        assert counters["scheduler.in_flight_tokens"] > 0
+    else:
+        assert counters["attention.decode_calls"] > 0
 
 
 def check_the_steady_path_never_waits() -> None:
     """No operation that waits for the device: tokens are read through an event alone."""
-    for overrides in (UNOVERLAPPED, FAST):
-        engine = engine_of(*overrides)
+    for overrides in (UNOVERLAPPED, FAST, SHARING):
+        engine = engine_of(*overrides, max_model_len=192)
         params = SamplingParams(max_tokens=60, ignore_eos=True)
-        for index, prompt in enumerate(prompts_of(engine, 9)):
+        prompts = sharing_prompts_of(engine, 9) if overrides is SHARING else prompts_of(engine, 9)
+        for index, prompt in enumerate(prompts):
             engine.add_request(prompt, params, f"r{index}")
         for _ in range(5):
             engine.step()
@@ -126,7 +162,7 @@ def check_the_steady_path_never_waits() -> None:
             for _ in range(20):
                 engine.step()
             # Somebody new joins: prompts run op by op, and still nobody waits.
-            engine.add_request([5, 6, 7], params, "late")
+            engine.add_request(list(range(5, 45)), params, "late")
             for _ in range(20):
                 engine.step()
         finally:
@@ -157,7 +193,14 @@ def check_memory_does_not_grow(num_requests: int = 10_000) -> None:
 CHECKS: dict[str, Any] = {
     "replay is the step, fp32": lambda: check_a_replay_is_the_step_bit_for_bit("float32"),
     "replay is the step, bf16": lambda: check_a_replay_is_the_step_bit_for_bit("bfloat16"),
+    "replay is the step, groups, fp32": lambda: check_a_replay_is_the_step_bit_for_bit(
+        "float32", "cascade"
+    ),
+    "replay is the step, groups, bf16": lambda: check_a_replay_is_the_step_bit_for_bit(
+        "bfloat16", "cascade"
+    ),
     "tokens under traffic": check_tokens_under_traffic,
+    "tokens under traffic that shares": lambda: check_tokens_under_traffic(shares=True),
     "never waits": check_the_steady_path_never_waits,
     "memory": check_memory_does_not_grow,
 }

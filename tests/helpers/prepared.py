@@ -8,13 +8,20 @@ import torch
 
 import kernels
 from workbench.core.step import ForwardBatch
-from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
+from workbench.slots.attention import (
+    PLAIN_FORM,
+    AttentionBackend,
+    AttentionLayer,
+    CudaGraphSupport,
+)
 from workbench.slots.graph_runner import DecodeStep, GraphRunner
 from workbench.slots.kv_pool import KVPool
 
-#: Overrides that make an engine run prepared steps on any device.
+#: Overrides that make an engine run prepared steps on any device, with attention that can.
+CALLED = ("engine.graph_runner._target_=tests.helpers.prepared.CallingRunner",)
+#: The same, attention included.
 PREPARED = (
-    "engine.graph_runner._target_=tests.helpers.prepared.CallingRunner",
+    *CALLED,
     "engine.attention._target_=tests.helpers.prepared.DeviceAttention",
 )
 
@@ -25,20 +32,23 @@ class CallingRunner(GraphRunner):
     def capture(self, step: DecodeStep) -> None:
         self._step = step
         self.sizes: list[int] = []
-        step.run(step.max_size)  # as a capture does, on padding alone
+        self.forms: list[str] = []
+        for form in (PLAIN_FORM, *(form.name for form in step.forms)):
+            step.run(step.max_size, form)  # as a capture does, on padding alone
 
-    def dispatch(self, num_requests: int) -> int | None:
+    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
         return min(-(-num_requests // 3) * 3, self._step.max_size)
 
-    def run(self, size: int) -> None:
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
         self.sizes.append(size)
-        self._step.run(size)
+        self.forms.append(form)
+        self._step.run(size, form)
 
     def counters(self) -> dict[str, float]:
         return {"replays": len(self.sizes)}
 
     def reset_counters(self) -> None:
-        self.sizes = []
+        self.sizes, self.forms = [], []
 
 
 class DeviceAttention(AttentionBackend):

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import cascade_attend, merge_states, shared_prefix_attend
 from kernels.attention_reference import attend_reference, gather_pages
 from tests.helpers.interpreted import DEVICE, needs_kernels, run_in_interpreter, starts_interpreter
-from tests.helpers.paged_cases import PagedCase
+from tests.helpers.paged_cases import NOWHERE, PagedCase
 
 IMPLEMENTATIONS = [
     "reference",
@@ -155,6 +155,51 @@ def test_cascade_equals_plain_attention(
         implementation=implementation,
     )
     case.check(out, case.truth()[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_call_on_padded_groups_serves_whatever_they_hold(implementation: Any) -> None:
+    """As a captured graph does it: the same tensors throughout, of which more or less is used."""
+    grouped = Grouped(query_lens=(1, 1, 1, 1, 1))
+    case = grouped.case
+    num_requests, num_groups = 5, 4
+    pages = grouped.groups["group_block_table"].shape[1]
+    table = torch.full((num_groups, pages + 3), NOWHERE, dtype=torch.int32, device=DEVICE)
+    lens, starts = index(*[0] * num_groups), index(*[0] * (num_groups + 1))
+    tokens, key_start = index(*[0] * num_requests), index(*[0] * num_requests)
+
+    def attend() -> Tensor:
+        return cascade_attend(
+            *case.arguments,
+            group_block_table=table,
+            prefix_lens=lens,
+            token_index=tokens,
+            group_start_loc=starts,
+            key_start=key_start,
+            max_query_len=1,
+            is_padded=True,
+            implementation=implementation,
+        )
+
+    truth = case.truth()[0]
+    case.check(attend(), truth)
+    blocks = grouped.groups["group_block_table"]
+    for members in ([[0, 1], [2, 3]], [[2, 3]], [[1, 0]], []):
+        table.fill_(NOWHERE)
+        ends = [0]
+        for tensor in (lens, tokens, key_start):
+            tensor.zero_()
+        for group, requests in enumerate(members):
+            table[group, :pages] = blocks[0 if 0 in requests else 1]
+            lens[group] = 32
+            tokens[ends[-1] : ends[-1] + len(requests)] = index(*requests)
+            key_start[requests] = 32
+            ends.append(ends[-1] + len(requests))
+        starts.copy_(index(*ends, *[ends[-1]] * (num_groups + 1 - len(ends))))
+        case.check(attend(), truth)
+        if members:  # and it is the groups that are read
+            table[:, 0] = table[:, 1]
+            assert not torch.allclose(attend(), truth.to(DEVICE).float(), atol=1e-3)
 
 
 @needs_kernels

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from techniques.cascade_attention.backend import CascadeAttention, CascadeConfig, _tensors
+from techniques.cascade_attention.backend import CascadeAttention, CascadeConfig
 from techniques.cascade_attention.groups import PrefixGroup, find_groups
+from techniques.cascade_attention.plan import PlanBuffers, group_tensors
 from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE, run_to_end, tiny_engine
+from tests.helpers.prepared import CALLED, CallingRunner
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from workbench.configuration import load_markers, options_of
 from workbench.core.errors import ConfigError, UnsupportedError
@@ -244,7 +246,7 @@ def test_tokens_that_this_step_writes_are_shared_by_nobody() -> None:
 def test_tensors_say_what_the_groups_are() -> None:
     batch = batch_of(SHARED, [13, 16, 9, 15, 14], [2, 1, 3, 1, 1])
     groups = [PrefixGroup((0, 3), 3), PrefixGroup((2, 4), 2)]
-    tensors = _tensors(batch, groups)
+    tensors = group_tensors(batch, groups)
     assert tensors.group_block_table.tolist() == [[1, 2, 3], [7, 8, 0]]
     assert tensors.prefix_lens.tolist() == [12, 8]
     assert tensors.token_index.tolist() == [0, 1, 6, 3, 4, 5, 7]
@@ -254,6 +256,90 @@ def test_tensors_say_what_the_groups_are() -> None:
         tensor = getattr(tensors, field.name)
         assert tensor.dtype == torch.int32
         assert tensor.storage_offset() % 4 == 0, "kernels are compiled anew for odd addresses"
+
+
+def test_a_piece_of_a_prompt_is_in_no_group() -> None:
+    lengths, queries = [16, 40, 12, 15, 14], [1, 20, 1, 1, 1]
+    rows = [[*row, *range(12 + 6 * i, 18 + 6 * i)] for i, row in enumerate(SHARED)]
+    batch, pool = batch_of(rows, lengths, queries), make_pool(50)
+    cascade, plain = backend(), SdpaAttention()
+    metadata = cascade.build_metadata(batch)
+    assert [g.members for g in metadata.groups] == [(0, 3), (2, 4)]
+    q = torch.randn(sum(queries), 4, 16, generator=torch.Generator().manual_seed(1))
+    out = cascade.forward(q.clone(), LAYER, metadata, pool)
+    torch.testing.assert_close(out, plain.forward(q, LAYER, batch, pool), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prepared_step_reads_the_groups_that_were_chosen_last() -> None:
+    """Its metadata is made once, and is good for whatever batch comes."""
+    pool, cascade, plain = make_pool(), backend(max_groups=3), SdpaAttention()
+    (form,) = cascade.step_forms(batch_of(SHARED, *BATCHES["decodes"]))
+    assert (form.name, form.granularity) == ("cascade", CascadeConfig().step_granularity)
+    assert backend(min_requests=6).step_forms(batch_of(SHARED, *BATCHES["decodes"])) == ()
+    batch = batch_of(SHARED, *BATCHES["decodes"])
+    metadata = cascade.prepared_metadata(batch, form.name)
+    assert metadata.tensors is not None
+    batch.seq_lens_host, batch.query_lens_host = [-1] * 5, [-1] * 5
+    q = torch.randn(5, 4, 16, generator=torch.Generator().manual_seed(1))
+
+    def check() -> None:
+        out = cascade.forward(q.clone(), LAYER, metadata, pool)
+        expected = plain.forward(q.clone(), LAYER, now, pool)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+    now = batch_of(SHARED, *BATCHES["decodes"])
+    check()  # nothing was chosen: there are no groups
+    other = [SHARED[0], *SHARED[2:], [13, 14, 15, 16]]
+    cases = [SHARED, [SHARED[i] for i in (1, 4, 3, 2, 0)], other]
+    lengths = [[13, 16, 9, 15, 14], [16, 14, 15, 9, 13], [13, 9, 15, 14, 13]]
+    chosen = []
+    for rows, lens in zip(cases, lengths, strict=True):
+        now = batch_of(rows, lens, [1] * 5)
+        batch.block_table.copy_(now.block_table)
+        batch.seq_lens.copy_(now.seq_lens)
+        assert cascade.choose_form(now) == form.name
+        chosen.append(metadata.tensors.key_start.tolist())
+        check()
+    assert chosen == [[8, 8, 8, 8, 8], [8, 8, 8, 8, 8], [12, 8, 12, 8, 0]]
+    before = [t.clone() for t in dataclasses.astuple(metadata.tensors)]
+    alone = batch_of([[i, i + 1, i + 2] for i in range(0, 15, 3)], [11] * 5, [1] * 5)
+    assert cascade.choose_form(alone) == "", "nobody shares: the plain form"
+    assert all(map(torch.equal, before, dataclasses.astuple(metadata.tensors)))
+
+
+def test_of_more_groups_than_fit_those_that_save_most_are_kept() -> None:
+    cascade = backend(max_groups=1)
+    batch = batch_of(SHARED, *BATCHES["decodes"])
+    (form,) = cascade.step_forms(batch)
+    assert cascade.choose_form(batch) == form.name
+    tensors = cascade.prepared_metadata(batch, form.name).tensors
+    assert tensors is not None
+    assert tensors.prefix_lens.tolist() == [8] and tensors.key_start.tolist() == [8, 8, 0, 8, 0]
+    assert tensors.token_index.tolist()[:3] == [0, 1, 3]
+    assert tensors.group_start_loc.tolist() == [0, 3]
+    cascade.note_prepared("")
+    assert not any(cascade.counters().values())
+    cascade.note_prepared(form.name)
+    assert cascade.counters()["prefix_tokens_saved"] == 16
+
+
+def test_buffers_stay_where_they_are() -> None:
+    batch = batch_of(SHARED, *BATCHES["decodes"])
+    buffers = PlanBuffers(8, 12, 3, torch.device("cpu"))
+    views = buffers.tensors(6)
+    assert [tuple(t.shape) for t in dataclasses.astuple(views)] == [(3, 12), (3,), (6,), (4,), (6,)]
+    for field in dataclasses.fields(views):
+        assert getattr(views, field.name).storage_offset() % 4 == 0
+    buffers.write(batch, [PrefixGroup((0, 3), 3), PrefixGroup((2, 4), 2)])
+    assert views.group_block_table[:, :4].tolist() == [[1, 2, 3, 0], [7, 8, 0, 0], [0] * 4]
+    assert views.prefix_lens.tolist() == [12, 8, 0]
+    assert views.token_index.tolist() == [0, 3, 2, 4, 0, 0]
+    assert views.group_start_loc.tolist() == [0, 2, 4, 4]
+    assert views.key_start.tolist() == [12, 0, 8, 12, 8, 0]
+    buffers.write(batch, [PrefixGroup((1, 2), 1)])
+    assert views.group_block_table[:, :2].tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert views.group_start_loc.tolist() == [0, 2, 2, 2]
+    assert views.key_start.tolist() == [0, 4, 4, 0, 0, 0]
 
 
 def test_a_batch_that_goes_on_is_looked_at_once_and_counted_every_step() -> None:
@@ -351,6 +437,27 @@ def test_greedy_tokens_are_those_of_transformers(cache: str, others: tuple[str, 
     counters = engine.counters()
     for name in marker.evidence:
         assert counters[name] > 0
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("loop", ["sync", "overlapped"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prepared_steps_have_the_same_tokens_and_the_same_groups(
+    cache: str, loop: str, family: str
+) -> None:
+    chosen = (f"engine/prefix_cache={cache}", "engine/eviction=lru", f"engine/loop={loop}")
+    model = tiny_model(family)
+    one_by_one = tiny_engine(*PAGED, *chosen, *CASCADE, model=model, max_num_seqs=5)
+    prepared = tiny_engine(*PAGED, *chosen, *CASCADE, *CALLED, model=model, max_num_seqs=5)
+    assert serve(prepared) == serve(one_by_one) == hf_tokens(family)
+    runner = prepared.parts.graph_runner
+    assert isinstance(runner, CallingRunner)
+    assert set(runner.forms) == {"", "cascade"}, "some batches have groups, and some have none"
+    mine, theirs = prepared.counters(), one_by_one.counters()
+    assert mine["scheduler.in_flight_tokens"] == theirs["scheduler.in_flight_tokens"] > 0
+    for name in theirs:
+        if name.startswith("attention."):
+            assert mine[name] == theirs[name] > 0, name
 
 
 def test_a_model_with_windows_in_some_layers_has_its_own_tokens() -> None:

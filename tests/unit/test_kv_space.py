@@ -21,13 +21,21 @@ Outputs = dict[str, tuple[Request, list[int]]]
 
 
 def scheduler_of(
-    cache: str, num_host_blocks: int, *, swap: bool = False, pool_tokens: int = 64, **fields: Any
+    cache: str,
+    num_host_blocks: int,
+    *,
+    swap: bool = False,
+    pool_tokens: int = 64,
+    share_in_flight: bool = True,
+    **fields: Any,
 ) -> Scheduler:
     """A small device pool, and a host tier where ``num_host_blocks`` is above zero."""
     settings: dict[str, dict[str, Any]] = {
         "kv_cache": {"block_size": BLOCK_SIZE},
         "admission": {"headroom_tokens": 0, "preemption": "swap" if swap else "recompute"},
     }
+    if cache != "none":
+        settings["prefix_cache"] = {"share_in_flight": share_in_flight}
     if num_host_blocks:
         settings["kv_offload"] = {"num_blocks": num_host_blocks}
     choice = Choice(
@@ -164,6 +172,101 @@ def test_aborts_and_failed_steps_leave_nothing_wrong_behind(cache: str, seed: in
     assert 50 < len(outputs) < 150
     for request, tokens in outputs.values():
         assert tokens == expected_tokens(request)
+
+
+@pytest.mark.parametrize("cache", [c for c in CACHES if c != "none"])
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("prefill", ["whole_prompt", "chunked"])
+def test_requests_that_start_together_compute_what_they_share_once(
+    cache: str, shares: bool, prefill: str
+) -> None:
+    """The runner checks that what a request reads was written, in its own step at the latest."""
+    scheduler = scheduler_of(
+        cache, 0, pool_tokens=256, max_num_seqs=8, prefill=prefill, share_in_flight=shares
+    )
+    runner = SymbolicRunner(scheduler)
+    stem = list(range(3, 19))
+    requests = [
+        make_request(f"r{i}", prompt=[*stem, 40 + i, 50 + i], max_tokens=3, ignore_eos=True)
+        for i in range(8)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    plan, _ = runner.step()
+    assert plan is not None and len(plan.request_ids) == 8
+    assert plan.num_scheduled_tokens == [18, *([2] * 7 if shares else [18] * 7)]
+    while scheduler.has_unfinished():
+        runner.step()
+    assert all(r.output_token_ids == expected_tokens(r) for r in requests)
+    counted = [r.num_cached_tokens for r in requests]
+    assert counted == [0, *[16 if shares else 0] * 7]
+    assert scheduler.counters()["in_flight_tokens"] == sum(counted)
+    check_all_free(scheduler)
+
+
+@pytest.mark.parametrize("cache", [c for c in CACHES if c != "none"])
+def test_what_a_failed_step_was_to_write_is_found_by_nobody(cache: str) -> None:
+    scheduler = scheduler_of(cache, 0, pool_tokens=256, max_num_seqs=8)
+    runner = SymbolicRunner(scheduler)
+    done = make_request("done", prompt=range(3, 20), max_tokens=1, ignore_eos=True)
+    scheduler.add(done)
+    runner.step()
+    prompts = [[*range(3, 15), *range(60, 70), 40 + i] for i in range(4)]
+    requests = [
+        make_request(f"r{i}", prompt=prompt, max_tokens=3, ignore_eos=True)
+        for i, prompt in enumerate(prompts)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    runner.fault_rate = 1.0
+    runner.step()
+    assert runner.counts["faults"] == 1
+    assert [scheduler.space.find(request).num_tokens for request in requests] == [0] * 4
+    runner.fault_rate = 0.0
+    while scheduler.has_unfinished():
+        runner.step()
+    assert all(r.output_token_ids == expected_tokens(r) for r in requests)
+    # A step that starts nobody publishes nothing, and what is cached outlives its failure.
+    again = make_request("again", prompt=prompts[0], max_tokens=5, ignore_eos=True)
+    scheduler.add(again)
+    runner.step()
+    runner.step()
+    runner.fault_rate = 1.0
+    runner.step()
+    assert scheduler.space.find(requests[1]).num_tokens == 24
+    runner.fault_rate = 0.0
+    while scheduler.has_unfinished():
+        runner.step()
+    assert again.output_token_ids == expected_tokens(again)
+    check_all_free(scheduler)
+
+
+@pytest.mark.parametrize("cache", [c for c in CACHES if c != "none"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bursts_share_in_flight_through_faults_and_aborts(cache: str, seed: int) -> None:
+    scheduler = scheduler_of(cache, 12, swap=True, pool_tokens=128, max_num_seqs=6)
+    runner, rng, traffic = SymbolicRunner(scheduler, seed, 0.15), random.Random(seed), Traffic(seed)
+    served: list[Request] = []
+    for _ in range(25):
+        burst = [traffic.next() for _ in range(rng.randint(1, 6))]
+        for request in burst:
+            scheduler.add(request)
+        for _ in range(rng.randint(1, 12)):
+            if rng.random() < 0.1 and scheduler.requests:
+                name = rng.choice(list(scheduler.requests))
+                scheduler.finish(name, FinishReason.ABORT)
+                served = [r for r in served if r.request_id != name]
+                burst = [r for r in burst if r.request_id != name]
+            runner.step()
+        served += burst
+    for _ in range(2000):
+        if not scheduler.has_unfinished():
+            break
+        runner.step()
+    assert len(served) > 20
+    assert all(request.output_token_ids == expected_tokens(request) for request in served)
+    assert scheduler.counters()["in_flight_tokens"] > 0 and runner.counts["faults"] > 5
+    check_all_free(scheduler)
 
 
 @pytest.mark.parametrize("cache", [c for c in CACHES if c != "none"])

@@ -12,7 +12,12 @@ from kernels.decode_step import gather_decode_inputs, store_decoded
 from workbench.core.step import ForwardBatch
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import borrowed
-from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.attention import (
+    PLAIN_FORM,
+    AttentionBackend,
+    ForwardContext,
+    StepForm,
+)
 from workbench.slots.component import Component
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import Sampler, SamplingMetadata
@@ -34,8 +39,10 @@ class DecodeStep:
         Row of the request table of each place; all that changes from outside.
     new_ids : Tensor[B] int64
         Tokens drawn by the last step.
-    logits : dict[int, Tensor[size, V]]
-        Of the last step of each size.
+    logits : dict[tuple[int, str], Tensor[size, V]]
+        Of the last step of each size and form.
+    forms : tuple[StepForm, ...]
+        Those of the attention backend, beside the plain one.
     """
 
     def __init__(
@@ -55,8 +62,8 @@ class DecodeStep:
         device = table.device
         self.rows = torch.full((size,), table.padding_row, dtype=torch.int64, device=device)
         self.new_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self.logits: dict[int, torch.Tensor] = {}
-        self._owned: dict[int, torch.Tensor] = {}
+        self.logits: dict[tuple[int, str], torch.Tensor] = {}
+        self._owned: dict[tuple[int, str], torch.Tensor] = {}
         long: dict[str, Any] = {"dtype": torch.int64, "device": device}
         short: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._whole = ForwardBatch(
@@ -72,6 +79,7 @@ class DecodeStep:
             seq_lens_host=[1] * size,
             block_size=pool.block_size,
         )
+        self.forms: tuple[StepForm, ...] = attention.step_forms(self._whole)
 
     @property
     def max_size(self) -> int:
@@ -104,7 +112,7 @@ class DecodeStep:
             extras={},
         )
 
-    def run(self, size: int) -> None:
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
         """Queue the step for the first ``size`` places."""
         self._lend()
         table, batch = self._table, self.batch(size)
@@ -120,15 +128,14 @@ class DecodeStep:
             slot_mapping=batch.slot_mapping,
             batch_block_table=batch.block_table,
         )
-        context = ForwardContext(
-            batch, self._attention, self._attention.build_metadata(batch), self._pool
-        )
+        metadata = self._attention.prepared_metadata(batch, form)
+        context = ForwardContext(batch, self._attention, metadata, self._pool)
         logits = self._model.compute_logits(self._model.forward(batch, context))
         nothing = batch.positions[:0]
         greedy = SamplingMetadata(params=[], positions=nothing, seeds=nothing)
         drawn = self._sampler.sample(logits, greedy).token_ids
         self.new_ids[:size].copy_(drawn)
-        self._owned[size] = self.logits[size] = logits
+        self._owned[size, form] = self.logits[size, form] = logits
         store_decoded(
             batch.rows, batch.positions, drawn, table.token_ids, table.num_computed_tokens
         )
@@ -137,6 +144,6 @@ class DecodeStep:
         """Let logits of earlier runs be overwritten: captured steps of all sizes share memory."""
         if self.rows.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        for size, logits in self._owned.items():
-            self.logits[size] = borrowed(logits)
+        for key, logits in self._owned.items():
+            self.logits[key] = borrowed(logits)
         self._owned.clear()

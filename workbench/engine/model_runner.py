@@ -64,7 +64,9 @@ class ModelRunner:
         self.table = parts.table
         # Drafts of the last step stand behind its tokens, which a prepared step does not read.
         step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
-        self.inputs = InputGatherer(parts.table, parts.pool.block_size, parts.graph_runner, step)
+        self.inputs = InputGatherer(
+            parts.table, parts.pool.block_size, parts.graph_runner, parts.attention, step
+        )
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -131,11 +133,13 @@ class ModelRunner:
         the ones wanted."""
         step = self.parts.decode_step
         assert step is not None
-        self.parts.graph_runner.run(size)
+        form = inputs.prepared_form
+        self.parts.graph_runner.run(size, form)
+        self.parts.attention.note_prepared(form)
         if self.table.all_plain_greedy:
             return None, None
         inputs.first_new = inputs.batch.positions + 1
-        return step.logits[size][: len(inputs.rows)], self._sampling_metadata(inputs)
+        return step.logits[size, form][: len(inputs.rows)], self._sampling_metadata(inputs)
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
         if plan.copies_out or plan.copies_in:  # before anything is written to these blocks

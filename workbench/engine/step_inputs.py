@@ -11,6 +11,7 @@ from workbench.core.step import ForwardBatch, SchedulerOutput, TokenLogprobs
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import upload, upload_into
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend
 from workbench.slots.graph_runner import GraphRunner
 
 
@@ -30,8 +31,9 @@ class StepInputs:
         Columns of the table that take the first new token.
     num_context_tokens
         Tokens in the KV cache before this step, over all requests.
-    prepared_size
-        Size of the prepared step that runs these inputs; None where ops are launched one by one.
+    prepared_size, prepared_form
+        Size and form of the prepared step that runs these inputs; a size of None where ops are
+        launched one by one.
     """
 
     batch: ForwardBatch
@@ -44,6 +46,7 @@ class StepInputs:
     max_drafts: int
     num_context_tokens: int
     prepared_size: int | None = None
+    prepared_form: str = PLAIN_FORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,11 @@ class InputGatherer:
         table: RequestTable,
         block_size: int,
         graph_runner: GraphRunner,
+        attention: AttentionBackend,
         decode_step: DecodeStep | None,
     ) -> None:
         self.table = table
+        self._attention = attention
         self.steady: SteadyBatch | None = None
         self._block_size = block_size
         self._graph_runner = graph_runner
@@ -194,13 +199,22 @@ class InputGatherer:
     def _gather_prepared(
         self, plan: SchedulerOutput, rows_host: list[int], size: int
     ) -> StepInputs:
-        """Every request runs its last token, in a prepared step: only rows go to the device."""
+        """Every request runs its last token, in a prepared step: only rows go to the device, and
+        what a form of it needs beside them."""
         step, table, count = self._decode_step, self.table, len(rows_host)
         assert step is not None
-        upload_into(step.rows[:size], rows_host + [table.padding_row] * (size - count))
         batch = step.batch(count)
         indices = list(range(count))
         rows_index = np.array(rows_host)
+        computed = table.num_computed_host[rows_index]
+        form = PLAIN_FORM
+        if step.forms:
+            batch.host_rows = (table.host_block_table, rows_host)
+            batch.seq_lens_host = (computed + 1).tolist()
+            form = self._attention.choose_form(batch)
+            of_form = self._graph_runner.dispatch(count, form)
+            size, form = (size, PLAIN_FORM) if of_form is None else (of_form, form)
+        upload_into(step.rows[:size], rows_host + [table.padding_row] * (size - count))
         inputs = StepInputs(
             batch=batch,
             rows=rows_host,
@@ -210,8 +224,9 @@ class InputGatherer:
             first_row=indices,
             first_new=batch.positions,  # of the last token: the step moves it on by itself
             max_drafts=0,
-            num_context_tokens=int(table.num_computed_host[rows_index].sum()),
+            num_context_tokens=int(computed.sum()),
             prepared_size=size,
+            prepared_form=form,
         )
         self.steady = SteadyBatch(
             request_ids=plan.request_ids,

@@ -25,6 +25,27 @@ class CudaGraphSupport(enum.IntEnum):
     ALWAYS = 3
 
 
+#: Name of the form of a prepared step that serves every batch.
+PLAIN_FORM = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepForm:
+    """A form in which steps of single tokens are prepared beside the plain one, for batches that
+    an attention backend serves better in another way.
+
+    Attributes
+    ----------
+    name
+        Not :data:`PLAIN_FORM`.
+    granularity
+        Its sizes are the multiples of it.
+    """
+
+    name: str
+    granularity: int
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
     """What a backend must know of one attention layer.
@@ -74,6 +95,30 @@ class AttentionBackend(Component):
     @abstractmethod
     def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
         """Why this backend cannot serve the model here; empty when it can."""
+
+    # -- prepared steps -----------------------------------------------------------------------
+
+    def step_forms(self, batch: ForwardBatch) -> tuple[StepForm, ...]:
+        """Forms of prepared steps beside the plain one; called once, with the largest of them.
+
+        What such a form reads of a batch beside its tensors must lie on the device at addresses
+        that never change, and say at first that there is nothing.
+        """
+        return ()
+
+    def prepared_metadata(self, batch: ForwardBatch, form: str) -> Any:
+        """As :meth:`build_metadata`, for a step that will run again and again in this form: of the
+        batch's host lists, nothing but how many requests there are may be used."""
+        return self.build_metadata(batch)
+
+    def choose_form(self, batch: ForwardBatch) -> str:
+        """The form in which this batch runs, while its requests stay the same; called before the
+        first step of it, with host lengths of that step. Writes to the device, in the order of its
+        steps, what the form reads. Its prepared steps may still run in the plain form."""
+        return PLAIN_FORM
+
+    def note_prepared(self, form: str) -> None:
+        """Count one step that runs in this form, of the batch that was last shown."""
 
 
 class SdpaAttention(AttentionBackend):

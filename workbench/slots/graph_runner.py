@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Protocol
 
-from workbench.slots.attention import AttentionBackend
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend, StepForm
 from workbench.slots.component import Component
 from workbench.slots.platform import Platform
 
@@ -22,9 +22,14 @@ class DecodeStep(Protocol):
         """Most requests of a step."""
         ...
 
-    def run(self, size: int) -> None:
+    @property
+    def forms(self) -> tuple[StepForm, ...]:
+        """Forms to prepare beside the plain one."""
+        ...
+
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
         """Queue the step for the first ``size`` places: inputs, model, sampling, write-back.
-        Never waits for the device, and does the same work whatever the places hold."""
+        Never waits for the device, and launches the same whatever the places hold."""
         ...
 
     def counters(self) -> dict[str, float]:
@@ -41,16 +46,16 @@ class GraphRunner(Component):
 
     @abstractmethod
     def capture(self, step: DecodeStep) -> None:
-        """Prepare the step in all sizes. Called once, before the first request."""
+        """Prepare the step in all sizes and forms. Called once, before the first request."""
 
     @abstractmethod
-    def dispatch(self, num_requests: int) -> int | None:
-        """Size, padding included, under which so many requests run; None where none is prepared,
-        so that the ops are launched one by one."""
+    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        """Size, padding included, under which so many requests run in this form; None where none
+        is prepared: another form may be, or the ops are launched one by one."""
 
     @abstractmethod
-    def run(self, size: int) -> None:
-        """Queue the step that was prepared in this size."""
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
+        """Queue the step that was prepared in this size and form."""
 
     def replayed_counters(self) -> dict[str, float]:
         """What components would have counted in steps that ran without them, as
@@ -68,8 +73,8 @@ class EagerRunner(GraphRunner):
 
     def capture(self, step: DecodeStep) -> None: ...
 
-    def dispatch(self, num_requests: int) -> int | None:
+    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
         return None
 
-    def run(self, size: int) -> None:
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
         raise AssertionError("nothing is prepared")

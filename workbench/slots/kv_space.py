@@ -50,7 +50,8 @@ class KVSpace:
 
     The one place where manager, prefix cache and host tier meet; only the scheduler calls it. A
     request's life here: ``prepare`` when it arrives, ``find`` and ``admit`` when it starts,
-    ``grow`` as it runs, ``publish`` once KV is written, and ``release`` or ``preempt``.
+    ``grow`` as it runs, ``publish_planned`` once the step that writes a prompt's KV is planned and
+    ``publish`` once KV is written, and ``release`` or ``preempt``.
     """
 
     def __init__(
@@ -69,6 +70,12 @@ class KVSpace:
         #: Copies of the plan being made: (device block, host block) and (host block, device block).
         self.copies_out: list[tuple[int, int]] = []
         self.copies_in: list[tuple[int, int]] = []
+        #: Blocks that were published in the plan being made, which writes them.
+        self._in_flight: set[int] = set()
+        #: Whether the last plan published blocks that it has yet to write.
+        self.has_unwritten = False
+        #: Tokens that requests shared in the step that computed them.
+        self.num_in_flight_tokens = 0
         self._held: dict[str, PrefixMatch] = {}
         self._swapped: dict[str, _Swapped] = {}
         self._tiered = self.caches and offload.holds_blocks
@@ -119,6 +126,9 @@ class KVSpace:
             return None
         if self.caches:
             self._held[request_id] = match
+        if self._in_flight:
+            shared = len(self._in_flight.intersection(match.block_ids))
+            self.num_in_flight_tokens += shared * self.kv_cache.block_size
         self._claim(request_id, found)  # before room is made, which may fill the host tier
         added = self.kv_cache.allocate_slots(request_id, num_tokens)
         assert added is not None, "admission promised these slots"
@@ -140,20 +150,38 @@ class KVSpace:
 
     def publish(self, request: Request) -> None:
         """Offer the request's computed tokens to other requests. Their KV must be written."""
+        self._publish(request, request.num_computed_tokens)
+
+    def publish_planned(self, request: Request, num_tokens: int) -> None:
+        """Offer what the request will have computed after the step being planned, its first
+        ``num_tokens`` tokens, where the prefix cache does so; to requests of this step too.
+
+        Of a prompt alone, and once nobody can be put back out of the plan any more. A layer writes
+        the keys and values of all tokens of a step before any of them attends.
+        """
+        if self.prefix_cache.shares_in_flight:
+            self._in_flight.update(
+                self._publish(request, min(num_tokens, request.num_prompt_tokens))
+            )
+
+    def _publish(self, request: Request, num_tokens: int) -> list[int]:
+        """Returns the blocks that the cache took."""
         if not self.caches:
-            return
-        request_id, num_tokens = request.request_id, request.num_computed_tokens
+            return []
+        request_id = request.request_id
         held = self._held[request_id]
         num_blocks = num_tokens // self.kv_cache.block_size
         if num_blocks <= len(held.block_ids):
-            return
+            return []
         blocks = self.kv_cache.block_ids(request_id)
         published = self.prefix_cache.insert(request, blocks, num_tokens, held)
         self._held[request_id] = published.match
         if published.taken:
             self.kv_cache.hand_over(request_id, published.taken)
             if self._tiered:
-                self._note_taken(request, blocks, published.taken, len(held.block_ids))
+                digests = self._extend_digests(request, num_tokens)
+                self._note_taken(digests, blocks, published.taken, len(held.block_ids))
+        return published.taken
 
     def release(self, request: Request) -> None:
         """Free all that a request holds on the device; what it computed stays in the cache."""
@@ -191,16 +219,23 @@ class KVSpace:
         out, into = self.copies_out, self.copies_in
         if out or into:
             self.copies_out, self.copies_in = [], []
+        self.has_unwritten = bool(self._in_flight)
+        self._in_flight.clear()
         self.offload.step_planned()
         return out, into
 
     def clear_cached(self) -> None:
         """Forget every prefix that no running request reads, on the device and on the host."""
+        self.clear_device()
+        self.distrust_host()
+
+    def clear_device(self) -> None:
+        """Forget every prefix on the device that no running request reads."""
+        self.has_unwritten = False
         blocks = self.prefix_cache.evict(self.prefix_cache.num_evictable)
         self.kv_cache.take_back(blocks)
         for block in blocks:
             self._digest_of.pop(block, None)
-        self.distrust_host()
 
     def distrust_host(self) -> None:
         """Forget what the host tier holds: copies were planned that may not have run."""
@@ -262,10 +297,9 @@ class KVSpace:
         return digests
 
     def _note_taken(
-        self, request: Request, blocks: list[int], taken: list[int], first: int
+        self, digests: list[bytes], blocks: list[int], taken: list[int], first: int
     ) -> None:
         """Note the digests of blocks that the cache took, none of which is before ``first``."""
-        digests = self._extend_digests(request, request.num_computed_tokens)
         wanted = set(taken)
         for block, digest in zip(blocks[first:], digests[first:], strict=False):
             if block in wanted:

@@ -63,6 +63,9 @@ class PrefixCache(Component):
 
     #: Whether requests may share blocks at all; needs a KV manager whose blocks can be shared.
     shares_blocks: bool = True
+    #: Whether blocks are published once the step that writes them is planned, so that requests
+    #: which start in that very step share them; else once they are written.
+    shares_in_flight: bool = False
     #: Blocks that the cache owns, and those of them that no lock keeps.
     num_blocks: int = 0
     num_evictable: int = 0
@@ -101,8 +104,8 @@ class PrefixCache(Component):
     def insert(
         self, request: Request, block_ids: list[int], num_tokens: int, held: PrefixMatch
     ) -> Published:
-        """Publish the request's first ``num_tokens`` tokens, whose KV is written, as far as they
-        fill whole blocks.
+        """Publish the request's first ``num_tokens`` tokens, whose KV is written (or will be by
+        the step being planned, with ``shares_in_flight``), as far as they fill whole blocks.
 
         ``block_ids`` are the request's blocks in order. ``held``, which the request has locked, is
         unlocked in exchange for the lock on what is returned.

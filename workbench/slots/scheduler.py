@@ -187,6 +187,8 @@ class Scheduler(Component):
         for request_id in plan.request_ids:
             if (request := self.running.get(request_id)) is not None:
                 self._put_back(request, to_host=False)
+        if self.space.has_unwritten:  # and yet published: nobody else has a lock on it
+            self.space.clear_device()
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
@@ -227,6 +229,8 @@ class Scheduler(Component):
             return
         if self.running and self.parts.policy.holds_back(self._steps_without_prompts):
             return
+        for request, num_tokens in zip(plan.requests, plan.num_scheduled, strict=True):
+            self.space.publish_planned(request, request.num_computed_tokens + num_tokens)
         while len(self.waiting) and len(self.running) < self.parts.max_num_seqs:
             if plan.budget <= 0 or not self._admit_next(plan):
                 # Another mix of prompts and drafts leaves another budget; single tokens do not.
@@ -313,6 +317,7 @@ class Scheduler(Component):
             request.num_cached_tokens = found.num_tokens
             plan.num_cached_tokens += found.num_tokens
         plan.start(request, num_tokens, blocks)
+        space.publish_planned(request, total)
         possible = space.num_distinct(self._running.num_possible_tokens)
         self._counts["admitted"] += 1
         self._counts["overcommitted_starts"] += possible > parts.kv_cache.total_tokens
@@ -477,7 +482,7 @@ class Scheduler(Component):
     # -- counters -----------------------------------------------------------------------------
 
     def counters(self) -> dict[str, float]:
-        return dict(self._counts)
+        return {**self._counts, "in_flight_tokens": self.space.num_in_flight_tokens}
 
     def reset_counters(self) -> None:
         names = (
@@ -496,6 +501,7 @@ class Scheduler(Component):
             "swaps_refused",
         )
         self._counts: dict[str, int] = dict.fromkeys(names, 0)
+        self.space.num_in_flight_tokens = 0
 
 
 def _check_parts(parts: SchedulerParts, token_budget: int) -> None:
