@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,9 @@ from workbench.core.errors import ConfigError
 from workbench.slots.attention import AttentionBackend, CudaGraphSupport
 from workbench.slots.graph_runner import DecodeStep, GraphRunner
 from workbench.slots.platform import Platform
+
+#: Sizes beside the largest by which the memory of all is estimated.
+_TRIALS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class CudaGraphRunner(GraphRunner):
         self._replays: dict[int, int] = {}
         self._size_of: list[int] = []  # by number of requests
         self._num_bytes = 0
+        #: One for all captures: libraries keep workspaces by stream.
+        self._stream: torch.cuda.Stream | None = None
 
     def unsupported_reasons(self, platform: Platform, attention: AttentionBackend) -> list[str]:
         reasons = []
@@ -68,31 +74,60 @@ class CudaGraphRunner(GraphRunner):
             )
         return reasons
 
-    def capture(self, step: DecodeStep) -> None:
-        sizes = capture_sizes(
+    def _sizes(self, step: DecodeStep) -> list[int]:
+        return capture_sizes(
             min(self.config.max_size or step.max_size, step.max_size), self.config.granularity
         )
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_reserved()
+
+    def trial_bytes(self, step: DecodeStep) -> int:
+        """By the largest size, which brings its activations, and some of the others, which find
+        theirs there and bring what the driver keeps of a graph."""
+        largest, *others = reversed(self._sizes(step))
+        some = others[:: -(-len(others) // _TRIALS)] if others else []
+        with self._capturing():  # so that what is taken once, such as workspaces, is there
+            for size in (largest, *some):
+                step.run(size)
+        before = _used_bytes()
         pool = torch.cuda.graph_pool_handle()
+        with self._capturing():
+            self._capture(step, largest, pool)
+        first = _used_bytes()
+        with self._capturing():
+            for size in some:
+                self._capture(step, size, pool)
+        rest = _used_bytes() - first
+        self._graphs, self._counts, self._replays = {}, {}, {}
+        with self._capturing():
+            step.run(self._sizes(step)[0])  # lets go of the logits of the last capture
+        return max(0, first - before) + max(0, rest) * len(others) // max(1, len(some))
+
+    def capture(self, step: DecodeStep) -> None:
+        sizes = self._sizes(step)
+        before = _used_bytes()
+        pool = torch.cuda.graph_pool_handle()
+        with self._capturing():
+            for size in reversed(sizes):
+                self._capture(step, size, pool)
+        self._num_bytes = max(0, _used_bytes() - before)
+        self._size_of = [sizes[0]]
+        for smaller, size in pairwise([0, *sizes]):
+            self._size_of += [size] * (size - smaller)
+
+    @contextlib.contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """On the capture stream, behind what is queued and before what comes after."""
         make_stream: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
-        stream = make_stream()
+        stream = self._stream = self._stream or make_stream()
         stream.wait_stream(torch.cuda.current_stream())
         collects = gc.isenabled()
         gc.disable()  # a tensor that is freed while a graph is captured would break it
         try:
             with torch.cuda.stream(stream):
-                for size in reversed(sizes):
-                    self._capture(step, size, pool)
+                yield
         finally:
             if collects:
                 gc.enable()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._num_bytes = torch.cuda.memory_reserved() - before
-        self._size_of = [sizes[0]]
-        for smaller, size in pairwise([0, *sizes]):
-            self._size_of += [size] * (size - smaller)
 
     def _capture(self, step: DecodeStep, size: int, pool: Any) -> None:
         step.run(size)  # compiles, and makes libraries allocate what they keep
@@ -131,6 +166,15 @@ class CudaGraphRunner(GraphRunner):
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
+
+
+def _used_bytes() -> int:
+    """In use on the whole device, once nothing runs and nothing is kept for later: what the driver
+    holds of a graph is in no count of torch's."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def capture_sizes(largest: int, granularity: int) -> list[int]:

@@ -22,15 +22,22 @@ PREPARED = (
 class CallingRunner(GraphRunner):
     """Runs the step where a graph would be replayed, in sizes of three and its multiples."""
 
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self._step: DecodeStep | None = None
+        self.sizes: list[int] = []
+
     def capture(self, step: DecodeStep) -> None:
         self._step = step
-        self.sizes: list[int] = []
         step.run(step.max_size)  # as a capture does, on padding alone
 
     def dispatch(self, num_requests: int) -> int | None:
+        if self._step is None:
+            return None
         return min(-(-num_requests // 3) * 3, self._step.max_size)
 
     def run(self, size: int) -> None:
+        assert self._step is not None
         self.sizes.append(size)
         self._step.run(size)
 
