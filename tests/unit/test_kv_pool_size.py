@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.helpers.own_memory import OWN_MEMORY, ScriptedMemory
 from tests.helpers.prepared import PREPARED
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits, build_engine
+from workbench.bench import notes
 from workbench.bench.memory_report import memory_table
 from workbench.configuration import compose_config, engine_config, limits_of
 from workbench.core.errors import ConfigError
@@ -202,19 +204,24 @@ def test_largest_step_is_the_budget_or_a_prompt_that_runs_whole() -> None:
 def test_rows_of_the_device_add_up_to_it(device: ScriptedMemory) -> None:
     engine = engine_on_device(*PREPARED)
     engine.generate(mixed_prompts(3), GREEDY)
-    device.reserved += 2 << 20  # kept for activations
+    device.reserved += 5 << 20  # 2 MiB kept for activations, and
+    device.allocated += 3 << 20  # somebody else's tensors
     device.outside += 1 << 20  # nobody knows what for
     ledger = engine.parts.ledger.read()
     rows = ledger.device
     assert sum(rows.values()) == device.total_bytes
     assert rows["activations"] == 2 << 20
+    assert rows["others_in_process"] == (5 + 3) << 20
     assert rows["allocator_slack"] == 1 << 20
     assert rows["free"] == device.total_bytes - device.used_bytes()
     known = sum(v for k, v in rows.items() if k not in ("unexplained", "free"))
     assert rows["unexplained"] == device.used_bytes() - known
     assert rows["decode_step"] > 0 and rows["kv_trash_block"] == block_bytes(engine)
     assert set(ledger.predicted) <= set(rows)
-    table = memory_table(dataclasses.asdict(ledger), "engine")
+    memory = {"peak_memory_bytes": ledger.measured_peak_bytes, **dataclasses.asdict(ledger)}
+    note = notes._kv(SimpleNamespace(metrics={}, memory=memory))[-1]  # type: ignore[arg-type]
+    assert note.startswith(f"{100 * device.used_bytes() / device.total_bytes:.0f} % of the device")
+    table = memory_table(memory, "engine")
     assert table.row_count == sum(1 for k, v in rows.items() if v or ledger.predicted.get(k)) + 1
 
 

@@ -16,6 +16,19 @@ from workbench.core.step import StepRecord
 
 #: Most bytes of single steps in a record, as JSON.
 MAX_SAMPLE_BYTES = 48 << 10
+_ORDER = (
+    "schedule",
+    "prepare",
+    "model",
+    "sample",
+    "queue",
+    "assume",
+    "wait",
+    "draft",
+    "collect",
+    "update",
+    "output",
+)
 _COUNTS = {
     "requests": "num_requests",
     "tokens": "num_scheduled_tokens",
@@ -42,7 +55,8 @@ def summarize(steps: Sequence[StepRecord]) -> dict[str, dict[str, Any]]:
 
     The kind that took longest comes first. ``wall_us`` counts of a step the time from the end of
     the one before it, or from its own begin if that is later, to its own end, so that no moment
-    counts twice where steps overlap; ``share`` is of the sum over all kinds.
+    counts twice where a step begins before the one ahead is through; ``share`` is of the sum over
+    all kinds.
     """
     walls = _walls_us(steps)
     total = sum(walls)
@@ -153,8 +167,9 @@ def _named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
 
 
 def _parts(steps: Sequence[StepRecord]) -> list[str]:
-    """Parts that any of the steps has, in the order of their first appearance."""
-    return list(dict.fromkeys(part for step in steps for part in step.parts_us))
+    """Parts that any of the steps has, in the order of a step."""
+    found = dict.fromkeys(part for step in steps for part in step.parts_us)
+    return sorted(found, key=lambda part: _ORDER.index(part) if part in _ORDER else len(_ORDER))
 
 
 def _began_s(step: StepRecord) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from workbench.bench.timeline import chrome_trace
 _MIN_SHARE = 0.02
 _SUMS = ("host", "device")
 _MAX_BARS = 8
+_REST, _DEVICE = "#666666", "#BBBBBB"
 
 
 def read_timelines(file: str | Path) -> dict[str, dict[str, Any]]:
@@ -45,8 +47,8 @@ def read_timelines(file: str | Path) -> dict[str, dict[str, Any]]:
             found[name] = ("", {"kinds": data["steps"], "sample": None})
     if not found:
         raise ValueError(
-            f"{file} holds no timeline: rows of the engine that passed their gate have one, since "
-            "`timeline` came into records. Measure again, or name another file."
+            f"{file} holds no timeline: rows of the engine that passed their gate have one, save in "
+            "records of older versions. Measure again, or name another file."
         )
     last = list(found.values())[-1][0]
     return {name: timeline for name, (run_id, timeline) in found.items() if run_id == last}
@@ -86,8 +88,8 @@ def write_trace(timelines: Mapping[str, Mapping[str, Any]], file: str | Path) ->
 def timeline_table(kinds: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """The sums of :func:`workbench.bench.timeline.summarize`: a row a kind, below it one a part.
 
-    ``share`` is of the time of all kinds; host and device of a step may overlap, so those of a
-    kind may add up to more than its own.
+    ``share`` is of the time of all kinds; host and device of a step may work at once, so
+    those of a kind may add up to more than its own.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("kind, part", no_wrap=True)
@@ -130,24 +132,29 @@ def draw_timeline(timelines: Mapping[str, Mapping[str, Any]], path: str | Path) 
     figure = Figure(figsize=(10.5, 1.6 + 0.62 * sum(heights) + 0.9 * len(heights)))
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
-    parts = list(
-        dict.fromkeys(
-            part for kinds in shown.values() for _, row in kinds for part in row["total_us"]
-        )
-    )
-    colours = {
-        part: COLOURS[i % len(COLOURS)] for i, part in enumerate(p for p in parts if p not in _SUMS)
-    }
+    grid = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)
+    panels = list(grid[:, 0])
+    colours = _part_colours([row for kinds in shown.values() for _, row in kinds])
     for axes, (name, kinds) in zip(panels, shown.items(), strict=True):
         _draw_kinds(axes, kinds, colours)
         more = len(timelines[name]["kinds"]) - len(kinds)
         axes.set_title(name + (f" (and {more} more kinds)" if more else ""), fontsize=9, loc="left")
     panels[-1].set_xlabel("seconds in all steps of the kind")
-    handles = [panels[0].barh(0, 0, color=colour, label=part) for part, colour in colours.items()]
-    handles.append(panels[0].barh(0, 0, color="#BBBBBB", label="device"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    named = {**colours, "smaller parts": _REST, "device": _DEVICE}
+    handles = [Patch(color=colour, label=name) for name, colour in named.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return save_png(figure, path)
+
+
+def _part_colours(rows: list[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour for each of the parts that took longest, in the order of a step."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for part, total_us in row["total_us"].items():
+            if part not in _SUMS:
+                totals[part] = totals.get(part, 0.0) + total_us
+    largest = sorted(totals, key=lambda part: -totals[part])[: len(COLOURS)]
+    return dict(zip([part for part in totals if part in largest], COLOURS, strict=False))
 
 
 def _draw_kinds(
@@ -159,7 +166,9 @@ def _draw_kinds(
             width = row["total_us"].get(part, 0.0) * 1e-6
             axes.barh(index - 0.18, width, left=left, height=0.34, color=colour)
             left += width
-        axes.barh(index + 0.2, row["total_us"]["device"] * 1e-6, height=0.28, color="#BBBBBB")
+        rest = [v for p, v in row["total_us"].items() if p not in colours and p not in _SUMS]
+        axes.barh(index - 0.18, sum(rest) * 1e-6, left=left, height=0.34, color=_REST)
+        axes.barh(index + 0.2, row["total_us"]["device"] * 1e-6, height=0.28, color=_DEVICE)
     labels = [f"{kind}\n{row['steps']:,} steps" for kind, row in kinds]
     axes.set_yticks(range(len(kinds)), labels, fontsize=8)
     axes.set_ylim(len(kinds) - 0.5, -0.5)

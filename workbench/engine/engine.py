@@ -264,17 +264,23 @@ class Engine:
         # What nobody stamped. The call may have begun the next step, and this one in the last call.
         spent_us = (returned - began - done.ahead_s + self._ahead_s) * 1e6
         self._ahead_s = done.ahead_s
-        parts_us["other"] = max(0.0, spent_us - sum(parts_us.values()))
+        stamped_us = sum(parts_us.values())
+        parts_us["other"] = max(0.0, spent_us - stamped_us)
+        total_us = max(spent_us, stamped_us)
         if done.updates is None:
             starts_s["update"], parts_us["update"] = returned, (updated - returned) * 1e6
+            total_us += parts_us["update"]
             returned = updated
         starts_s["output"] = returned
-        parts_us["output"] = (time.perf_counter() - returned) * 1e6
-        at_model = sum([parts_us.get(part, 0.0) for part in ("model", "sample", "wait")])
-        host_us = sum(parts_us.values()) - at_model
-        until_s = starts_s.get("wait", 0.0) + parts_us.get("wait", 0.0) * 1e-6
-        device_start_s = max(starts_s.get("model", 0.0), self._device_until_s)
-        self._device_until_s = until_s
+        parts_us["output"] = output_us = (time.perf_counter() - returned) * 1e6
+        host_us = total_us + output_us
+        until_s = device_start_s = self._device_until_s
+        if "wait" in starts_s:  # else the executor stamps nothing
+            wait_us = parts_us["wait"]
+            host_us -= parts_us["model"] + parts_us["sample"] + wait_us
+            until_s = self._device_until_s = starts_s["wait"] + wait_us * 1e-6
+            if starts_s["model"] > device_start_s:
+                device_start_s = starts_s["model"]
         num_output = sum([len(u.new_token_ids) for u in updates])
         num_tokens = plan.total_num_scheduled_tokens
         num_drafts = sum(plan.num_draft_tokens)
@@ -300,7 +306,7 @@ class Engine:
                 num_context_tokens=result.num_context_tokens,
                 graph_mode=result.graph_mode,
                 host_us=host_us,
-                device_us=max(0.0, (until_s - device_start_s) * 1e6),
+                device_us=(until_s - device_start_s) * 1e6,
                 parts_us=parts_us,
                 starts_s=starts_s,
                 device_start_s=device_start_s,

@@ -36,8 +36,7 @@ class Prediction:
 class DeviceBooks:
     """Where all bytes of a device with memory of its own are.
 
-    Made once all is built but prepared steps. Other engines of the process that come or go later
-    show as activations, or as unexplained.
+    Made once all is built but prepared steps.
 
     Parameters
     ----------
@@ -53,33 +52,36 @@ class DeviceBooks:
         self._base = base_reserved_bytes
         memory.trim()
         self._slack = memory.reserved_bytes() - memory.allocated_bytes()
-        self._graphs = 0
-        self._built = memory.reserved_bytes()
+        self.prepared(0)
 
     def prepared(self, graph_bytes: int) -> None:
-        """Note that steps have been prepared, and what they hold."""
+        """Note that steps have been prepared, and what they hold. Nothing runs."""
         self._memory.trim()
         self._graphs = graph_bytes
-        self._built = self._memory.reserved_bytes()
+        self._reserved = self._memory.reserved_bytes()
+        self._allocated = self._memory.allocated_bytes()
 
     def read(self, held: dict[str, int]) -> dict[str, int]:
         """Bytes by use, now; all of them make the device.
 
         Counted from tensors are those ``held``; found by differences are ``activations`` (what the
         allocator keeps for them), ``graphs``, ``allocator_slack`` (rounding, gaps between tensors),
-        ``others_in_process`` and ``outside_torch`` (the CUDA context, code, other processes).
+        ``others_in_process`` (held before the model or allocated since, as by other engines) and
+        ``outside_torch`` (the CUDA context, code, other processes). Between steps.
         """
-        used = self._memory.used_bytes()
+        memory = self._memory
+        used = memory.used_bytes()
+        later = memory.allocated_bytes() - self._allocated
         rows = {
             **held,
-            "activations": max(0, self._memory.reserved_bytes() - self._built),
+            "activations": max(0, memory.reserved_bytes() - self._reserved - later),
             "graphs": self._graphs,
             "allocator_slack": self._slack,
-            "others_in_process": self._base,
+            "others_in_process": self._base + later,
             "outside_torch": self._outside,
         }
         rows["unexplained"] = used - sum(rows.values())
-        rows["free"] = self._memory.total_bytes - used
+        rows["free"] = memory.total_bytes - used
         return rows
 
 

@@ -365,6 +365,8 @@ class TokensToRead:
 class PartClock:
     """Microseconds by part of a step, and when each part began (``perf_counter``)."""
 
+    __slots__ = ("_last", "laps", "starts")
+
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
