@@ -125,7 +125,7 @@ def build_engine(config: EngineConfig) -> Engine:
     probe.trim()
     base_bytes = probe.current_bytes()
     memory = platform.device_memory()
-    base_reserved = 0 if memory is None else memory.reserved_bytes()
+    base_allocated = 0 if memory is None else memory.allocated_bytes()
     decoder = load_model(
         config.source.config,
         linear=_build_linear(builder, platform, dtype),
@@ -143,7 +143,7 @@ def build_engine(config: EngineConfig) -> Engine:
     runner, profile = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
     books = None
     if memory is not None and profile is not None:
-        books = DeviceBooks(memory, profile.outside_bytes, base_reserved)
+        books = DeviceBooks(memory, profile.outside_bytes, base_allocated)
     _prepare_steps(builder, runner)
     scheduler = _build_scheduler(builder, config.limits, max_model_len)
     probe.trim()

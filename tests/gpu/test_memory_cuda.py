@@ -72,9 +72,7 @@ def check_ledger(engine: Engine, name: str) -> None:
     share = abs(rows["unexplained"]) / used
     assert share <= 0.02, f"{100 * share:.2f} % of what is used is unexplained"
     found, predicted = rows["activations"], ledger.predicted["activations"]
-    assert found <= 1.25 * predicted + 64 * MIB, (
-        f"activations: {found} bytes, predicted {predicted}"
-    )
+    assert found <= 1.25 * predicted + 64 * MIB, f"activations {found}, predicted {predicted}"
     found, predicted = rows["graphs"], ledger.predicted["graphs"]
     assert abs(found - predicted) <= 0.005 * total, f"graphs: {found} bytes, predicted {predicted}"
 

@@ -47,8 +47,8 @@ def read_timelines(file: str | Path) -> dict[str, dict[str, Any]]:
             found[name] = ("", {"kinds": data["steps"], "sample": None})
     if not found:
         raise ValueError(
-            f"{file} holds no timeline: rows of the engine that passed their gate have one, save in "
-            "records of older versions. Measure again, or name another file."
+            f"{file} holds no timeline: rows of the engine that passed their gate have one, save "
+            "those of older versions. Measure again, or name another file."
         )
     last = list(found.values())[-1][0]
     return {name: timeline for name, (run_id, timeline) in found.items() if run_id == last}

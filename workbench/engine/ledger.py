@@ -42,14 +42,14 @@ class DeviceBooks:
     ----------
     outside_bytes
         In use on the device that torch does not know of.
-    base_reserved_bytes
-        What the allocator held before anything of the model existed.
+    base_allocated_bytes
+        What tensors held before anything of the model existed.
     """
 
-    def __init__(self, memory: DeviceMemory, outside_bytes: int, base_reserved_bytes: int) -> None:
+    def __init__(self, memory: DeviceMemory, outside_bytes: int, base_allocated_bytes: int) -> None:
         self._memory = memory
         self._outside = outside_bytes
-        self._base = base_reserved_bytes
+        self._base = base_allocated_bytes
         memory.trim()
         self._slack = memory.reserved_bytes() - memory.allocated_bytes()
         self.prepared(0)
