@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import itertools
 import json
 import statistics
 import time
@@ -30,6 +29,8 @@ from rich.table import Table
 from experiments import command
 from workbench.assemble import Limits, build_engine
 from workbench.bench.environment import collect_environment
+from workbench.bench.timeline import summarize
+from workbench.bench.timeline_report import timeline_table
 from workbench.bench.workloads import (
     FixedWorkload,
     Nano256Workload,
@@ -197,26 +198,6 @@ def serve(engine: Engine, requests: Sequence[WorkloadRequest]) -> tuple[float, l
     return wall_s, list(engine.steps)
 
 
-def summarize(steps: Sequence[StepRecord]) -> dict[str, Any]:
-    """Counts of steps, and medians of their parts in microseconds, by kind."""
-    found: dict[str, Any] = {}
-    for mode, members in itertools.groupby(
-        sorted(steps, key=lambda s: s.graph_mode), lambda s: s.graph_mode
-    ):
-        group = list(members)
-        parts = sorted({part for step in group for part in step.parts_us})
-        found[mode] = {
-            "steps": len(group),
-            "tokens": sum(s.num_scheduled_tokens for s in group),
-            "padded": sum(s.num_padded_tokens for s in group),
-            "cached": sum(s.num_cached_tokens for s in group),
-            "median_us": {
-                p: round(statistics.median(s.parts_us.get(p, 0.0) for s in group), 1) for p in parts
-            },
-        }
-    return found
-
-
 def measure(engine: Engine, name: str, options: Options) -> dict[str, Any]:
     """Run a load ``rounds`` times, after a short one that warms up what it needs."""
     load = LOADS[name]
@@ -274,7 +255,8 @@ def run_model(model: str, options: Options, overrides: Sequence[str]) -> list[di
     for name in options.workloads:
         records.append({**base, "status": "ok", **measure(engine, name, options)})
         values = ", ".join(f"{v:,.1f}" for v in records[-1]["values"])
-        command.show(f"{model} {name}: {values} {records[-1]['metric']}  {records[-1]['steps']}")
+        command.show(f"{model} {name}: {values} {records[-1]['metric']}")
+        command.show(timeline_table(records[-1]["steps"], f"{model} {name}"))
     return records
 
 

@@ -18,6 +18,7 @@ for part in "${@:-checks kernels peak cascade ablation timeline}"; do
             do_run python3 tests/gpu/test_fast_path_cuda.py
             do_run python3 tests/gpu/test_batch_invariant_cuda.py
             do_run python3 tests/gpu/test_torch_compile_cuda.py
+            do_run python3 tests/gpu/test_memory_cuda.py
             do_run python3 -m pytest -q tests/gpu/test_backends_cuda.py
             # Kernels compile in as many processes as xdist, where it is installed, may start.
             do_run python3 -m pytest -q ${PYTEST_WORKERS:+-n "$PYTEST_WORKERS"} \

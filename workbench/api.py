@@ -20,7 +20,8 @@ def build_engine(
     overrides: Sequence[str] = (),
     max_num_seqs: int = 32,
     max_model_len: int = 0,
-    kv_pool_tokens: int = 0,
+    kv_pool_tokens: int | str = 0,
+    memory_fraction: float = Limits().memory_fraction,
     download: bool = True,
 ) -> Engine:
     """Assemble an engine.
@@ -36,7 +37,7 @@ def build_engine(
         One technique or several, as after ``+technique=``; what they require must be among them.
     overrides
         Further Hydra overrides, such as ``"engine.kv_cache.block_size=32"``.
-    max_num_seqs, max_model_len, kv_pool_tokens
+    max_num_seqs, max_model_len, kv_pool_tokens, memory_fraction
         Sizes (see :class:`workbench.assemble.Limits`); 0 takes the model's context, and a KV pool
         for all requests within a share of the memory.
     download
@@ -54,7 +55,7 @@ def build_engine(
     """
     if isinstance(cfg, EngineConfig):
         return assemble.build_engine(cfg)
-    limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
+    limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens, memory_fraction)
     if cfg is not None:
         nodes = OmegaConf.to_container(cfg.techniques, resolve=True)
         composed = Composed(cfg, {}, parse_markers(nodes))

@@ -1,7 +1,8 @@
 """``build_engine``: components are instantiated here alone, in a fixed order.
 
-platform -> model (linear, ops, adapters, parallel) -> memory plan -> KV manager, pool and host
-tier -> attention -> graph runner -> drafter, verifier, sampler -> runner -> scheduler -> engine.
+platform -> model (linear, ops, adapters, parallel) -> drafter, verifier, attention, sampler, graph
+runner -> profile, where the device has memory of its own -> KV manager, pool and host tier ->
+runner -> scheduler -> engine.
 Each constructor gets its own config and the runtime objects it names; none gets the whole config.
 ``build_scheduler`` makes the part of it that needs no model, and ``build_component`` one component.
 """
@@ -9,7 +10,6 @@ Each constructor gets its own config and the runtime objects it names; none gets
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,22 +18,39 @@ from typing import Any
 import torch
 
 import kernels
+from workbench.components import (
+    SCHEDULER_SLOTS,
+    SLOTS,
+    Builder,
+    build_component,
+    build_config,
+    load_class,
+)
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
-from workbench.core.step import StepRecord
+from workbench.core.memory import DeviceMemory
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
-from workbench.engine.host_pool import HostPool
-from workbench.engine.ledger import Ledger
+from workbench.engine.host_pool import HostPool, most_staging_bytes
+from workbench.engine.ledger import DeviceBooks, Ledger
 from workbench.engine.model_runner import ModelRunner, RunnerParts
+from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
 from workbench.models.decoder import Decoder
 from workbench.models.families import read_config, spec_from_hf
 from workbench.models.loader import load_model
 from workbench.models.source import ModelSource
 from workbench.models.spec import ModelSpec
-from workbench.slots.component import Component
+from workbench.sizing import (
+    Limits,
+    PoolWish,
+    StepCost,
+    largest_step_tokens,
+    pool_blocks,
+    predict,
+    resolve_model_len,
+    whole_blocks,
+)
 from workbench.slots.drafter import Drafter
-from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
@@ -44,81 +61,26 @@ from workbench.slots.sampler import Sampler
 from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.verifier import Verifier
 
-#: Every slot of the engine; ``conf/engine/<slot>/`` holds its options.
-SLOTS = (
-    "platform",
-    "linear",
-    "ops",
-    "adapters",
-    "parallel",
-    "kv_cache",
-    "kv_pool",
-    "attention",
-    "graph_runner",
-    "sampler",
-    "drafter",
-    "verifier",
-    "executor",
-    "policy",
-    "admission",
-    "eviction",
-    "prefill",
-    "prefix_cache",
-    "kv_offload",
-    "scheduler",
-    "loop",
-)
-#: Those that a scheduler without a model has.
-SCHEDULER_SLOTS = (
-    "kv_cache",
-    "policy",
-    "admission",
-    "eviction",
-    "prefill",
-    "prefix_cache",
-    "kv_offload",
-    "scheduler",
-)
+__all__ = [
+    "DTYPES",
+    "SCHEDULER_SLOTS",
+    "SLOTS",
+    "EngineConfig",
+    "Limits",
+    "StepCost",
+    "build_component",
+    "build_config",
+    "build_engine",
+    "build_scheduler",
+    "check_engine",
+    "load_class",
+]
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-#: What an option's annotation lets through.
-_OPTION_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes of an engine.
-
-    Attributes
-    ----------
-    max_num_seqs
-        Requests at once.
-    max_model_len
-        Tokens a request, prompt and output; 0 takes the model's context.
-    kv_pool_tokens
-        Tokens of KV in all; 0 takes ``max_num_seqs * max_model_len``, within what the platform
-        gives unasked (``Platform.auto_pool_bytes``).
-    """
-
-    max_num_seqs: int = 32
-    max_model_len: int = 0
-    kv_pool_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_num_seqs", 1), ("max_model_len", 0), ("kv_pool_tokens", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"limits.{name}={value!r} must be an integer of at least {least}."
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,112 +105,6 @@ class EngineConfig:
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Bytes and FLOPs that a step cannot do without: what the roofline is held against."""
-
-    weight_bytes: int
-    kv_bytes_per_token: int
-    flops_per_token: int
-
-    def bytes_of(self, step: StepRecord) -> int:
-        """Weights once, the KV of every context read once, new KV written once."""
-        kv = step.num_context_tokens + step.num_scheduled_tokens
-        return self.weight_bytes + kv * self.kv_bytes_per_token
-
-    def flops_of(self, step: StepRecord) -> int:
-        """Two per weight and token."""
-        return step.num_scheduled_tokens * self.flops_per_token
-
-
-def load_class(target: str) -> type[Any]:
-    """Import ``package.module.Class``.
-
-    Raises
-    ------
-    ConfigError
-        The module or class does not exist, or a library that it needs is missing.
-    """
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_name), class_name)  # type: ignore[no-any-return]
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{target} needs the module {error.name!r}, which is not installed. "
-            "`python -m workbench doctor` says what this machine can run."
-        ) from error
-    except AttributeError as error:
-        raise ConfigError(f"{target} does not exist in {module_name}.") from error
-
-
-def build_config(cls: type[Any], slot: str, options: Mapping[str, Any]) -> Any:
-    """Make a component's frozen config, checking names and types of its options.
-
-    Raises
-    ------
-    ConfigError
-        An option that the component does not have, or a value of another type.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls.Config)}
-    for name, value in options.items():
-        if name not in fields:
-            raise unknown_name(f"option of engine.{slot} ({cls.__name__})", name, fields)
-        expected = fields[name].type
-        kinds = _OPTION_TYPES.get(str(expected), (object,))
-        wrong = not isinstance(value, kinds)
-        if wrong or (expected == "int" and isinstance(value, bool)):
-            raise ConfigError(f"engine.{slot}.{name}={value!r} must be of type {expected}.")
-    return cls.Config(**options)
-
-
-def build_component(slot: str, node: Mapping[str, Any], **runtime: Any) -> Any:
-    """Instantiate one component.
-
-    Parameters
-    ----------
-    node
-        ``_target_`` and the component's own options.
-    runtime
-        The runtime objects that the slot's components take.
-
-    Raises
-    ------
-    ConfigError
-        As :func:`load_class` and :func:`build_config`.
-    """
-    options = {str(key): value for key, value in node.items()}
-    cls = load_class(options.pop("_target_"))
-    return cls(build_config(cls, slot, options), **runtime)
-
-
-class _Builder:
-    """Builds components by slot and remembers them."""
-
-    def __init__(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-        for slot in nodes:
-            if slot not in SLOTS:
-                raise unknown_name("slot", slot, SLOTS)
-        missing = [slot for slot in SLOTS if slot not in nodes]
-        if missing:
-            raise ConfigError(f"no component is configured for: {', '.join(missing)}.")
-        self._nodes = {slot: dict(node) for slot, node in nodes.items()}
-        self.built: dict[str, Component] = {}
-
-    def cls(self, slot: str) -> type[Any]:
-        """The class that fills a slot."""
-        return load_class(self._nodes[slot]["_target_"])
-
-    def config(self, slot: str) -> Any:
-        """The config of the component that fills a slot."""
-        options = {k: v for k, v in self._nodes[slot].items() if k != "_target_"}
-        return build_config(self.cls(slot), slot, options)
-
-    def build(self, slot: str, **runtime: Any) -> Any:
-        """Instantiate the component of a slot."""
-        self.built[slot] = component = build_component(slot, self._nodes[slot], **runtime)
-        return component
-
-
 def build_engine(config: EngineConfig) -> Engine:
     """Assemble an engine.
 
@@ -260,7 +116,7 @@ def build_engine(config: EngineConfig) -> Engine:
         A component cannot run this model on this machine; all reasons are named.
     """
     began = time.perf_counter()
-    builder = _Builder(config.components)
+    builder = Builder(config.components)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
     dtype = _resolve_dtype(config.dtype, platform)
@@ -268,6 +124,8 @@ def build_engine(config: EngineConfig) -> Engine:
     probe = platform.memory_probe()
     probe.trim()
     base_bytes = probe.current_bytes()
+    memory = platform.device_memory()
+    base_allocated = 0 if memory is None else memory.allocated_bytes()
     decoder = load_model(
         config.source.config,
         linear=_build_linear(builder, platform, dtype),
@@ -281,15 +139,23 @@ def build_engine(config: EngineConfig) -> Engine:
         expected_tokens=config.limits.max_num_seqs,
     )
     probe.trim()
-    max_model_len = _resolve_model_len(config.limits, decoder.spec)
-    runner = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
+    max_model_len = resolve_model_len(config.limits, decoder.spec)
+    runner, profile = _build_runner(builder, config, decoder, platform, dtype, max_model_len)
+    books = None
+    if memory is not None and profile is not None:
+        books = DeviceBooks(memory, profile.outside_bytes, base_allocated)
+    _prepare_steps(builder, runner)
     scheduler = _build_scheduler(builder, config.limits, max_model_len)
     probe.trim()
+    if books is not None:
+        books.prepared(runner.parts.graph_runner.num_bytes)
+    step_tokens = _step_tokens(builder, config.limits, max_model_len)
     ledger = Ledger(
         probe,
-        _predict(decoder, runner, scheduler.token_budget, config.limits.max_num_seqs),
+        predict(decoder, runner, step_tokens, profile),
         base_bytes,
         probe.current_bytes(),
+        books,
     )
     info = _describe(config, decoder, runner, platform, dtype, max_model_len)
     info["build_s"] = time.perf_counter() - began
@@ -326,11 +192,14 @@ def build_scheduler(components: Mapping[str, Mapping[str, Any]], limits: Limits)
     ConfigError
         As :func:`build_engine`; and a size in bytes, since blocks have none here.
     """
-    builder = _Builder(components)
-    block_size = builder.cls("kv_cache").choose_block_size(
-        builder.config("kv_cache"), limits.max_model_len
-    )
-    num_blocks = _num_blocks(limits.kv_pool_tokens, block_size)
+    builder = Builder(components)
+    if not isinstance(limits.kv_pool_tokens, int):
+        raise ConfigError(
+            f"limits.kv_pool_tokens={limits.kv_pool_tokens} needs a device to fill, and without a "
+            "model there is none: give a number of tokens."
+        )
+    block_size = builder.block_size(limits.max_model_len)
+    num_blocks = whole_blocks(limits.kv_pool_tokens, block_size)
     builder.build("kv_cache", num_blocks=num_blocks, block_size=block_size)
     builder.build("kv_offload", bytes_per_block=0, num_device_blocks=num_blocks)
     return _build_scheduler(builder, limits, limits.max_model_len)
@@ -341,18 +210,18 @@ def check_engine(config: EngineConfig) -> None:
 
     Builds everything but the model and what holds its KV, and drops it.
     """
-    builder = _Builder(config.components)
+    builder = Builder(config.components)
     for slot in SLOTS:
         builder.config(slot)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
     dtype = _resolve_dtype(config.dtype, platform)
     spec = spec_from_hf(read_config(config.source.config))
-    max_model_len = _resolve_model_len(config.limits, spec)
+    max_model_len = resolve_model_len(config.limits, spec)
     _build_ops(builder, platform, dtype)
     _build_sampler(builder, platform, dtype)
     _build_speculation(builder)
-    kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len)
+    kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len, None)
     bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
     builder.build(
         "kv_offload",
@@ -362,27 +231,27 @@ def check_engine(config: EngineConfig) -> None:
     _build_scheduler(builder, config.limits, max_model_len)
 
 
-def _build_linear(builder: _Builder, platform: Platform, dtype: torch.dtype) -> LinearMethod:
+def _build_linear(builder: Builder, platform: Platform, dtype: torch.dtype) -> LinearMethod:
     linear: LinearMethod = builder.build("linear")
     reasons = linear.unsupported_reasons(platform.device, dtype)
     _require(reasons, f"linear {type(linear).__name__}")
     return linear
 
 
-def _build_ops(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Ops:
+def _build_ops(builder: Builder, platform: Platform, dtype: torch.dtype) -> Ops:
     ops: Ops = builder.build("ops")
     _require(ops.unsupported_reasons(platform.device, dtype), f"ops {type(ops).__name__}")
     return ops
 
 
-def _build_sampler(builder: _Builder, platform: Platform, dtype: torch.dtype) -> Sampler:
+def _build_sampler(builder: Builder, platform: Platform, dtype: torch.dtype) -> Sampler:
     sampler: Sampler = builder.build("sampler")
     reasons = sampler.unsupported_reasons(platform.device, dtype)
     _require(reasons, f"sampler {type(sampler).__name__}")
     return sampler
 
 
-def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
+def _build_speculation(builder: Builder) -> tuple[Drafter, Verifier]:
     drafter, verifier = builder.build("drafter"), builder.build("verifier")
     loop = builder.cls("loop")
     if drafter.num_lookahead_tokens and loop.plans_ahead:
@@ -400,113 +269,166 @@ def _build_speculation(builder: _Builder) -> tuple[Drafter, Verifier]:
 
 
 def _build_runner(
-    builder: _Builder,
+    builder: Builder,
     config: EngineConfig,
     decoder: Decoder,
     platform: Platform,
     dtype: torch.dtype,
     max_model_len: int,
-) -> ModelRunner:
+) -> tuple[ModelRunner, Profile | None]:
+    """The runner, without prepared steps; and what was measured to size its pool."""
     limits = config.limits
-    drafter, verifier = _build_speculation(builder)
-    kv_cache = _build_kv_cache(builder, decoder.spec, limits, platform, dtype, max_model_len)
-    pool: KVPool = builder.build(
-        "kv_pool",
-        shape=decoder.spec.kv_shape(dtype),
-        num_blocks=kv_cache.num_blocks,
-        block_size=kv_cache.block_size,
-        device=platform.device,
-    )
+    _build_speculation(builder)
+    builder.build("attention")
+    _build_sampler(builder, platform, dtype)
+    builder.build("graph_runner")
+    shape = decoder.spec.kv_shape(dtype)
+    block_size = builder.block_size(max_model_len)
+    size = {"shape": shape, "block_size": block_size, "device": platform.device}
+    memory, profile = platform.device_memory(), None
+    if memory is not None:
+        pool = builder.make("kv_pool", num_blocks=0, **size)
+        trial = _make_runner(builder, decoder, platform, limits, max_model_len, pool, 0)
+        del pool
+        profile = _profile(builder, trial, limits, max_model_len, memory)
+        del trial
+        memory.trim()
+    spec = decoder.spec
+    kv_cache = _build_kv_cache(builder, spec, limits, platform, dtype, max_model_len, profile)
+    pool = builder.build("kv_pool", num_blocks=kv_cache.num_blocks, **size)
     offload: KVOffload = builder.build(
         "kv_offload",
         bytes_per_block=pool.num_bytes // (pool.num_blocks + 1),
         num_device_blocks=pool.num_blocks,
     )
-    attention = builder.build("attention")
+    return (
+        _make_runner(
+            builder, decoder, platform, limits, max_model_len, pool, offload.num_host_blocks
+        ),
+        profile,
+    )
+
+
+def _make_runner(
+    builder: Builder,
+    decoder: Decoder,
+    platform: Platform,
+    limits: Limits,
+    max_model_len: int,
+    pool: KVPool,
+    num_host_blocks: int,
+) -> ModelRunner:
+    """A runner over a pool, with a request table of its own."""
+    built: dict[str, Any] = builder.built
+    attention, graph_runner = built["attention"], built["graph_runner"]
     _require(
         attention.unsupported_reasons(decoder.spec.attention_layers, pool),
         f"attention {type(attention).__name__}",
     )
-    table = RequestTable(
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=max_model_len,
-        num_lookahead_tokens=drafter.num_lookahead_tokens,
-        num_block_columns=-(-max_model_len // pool.block_size),
-        device=platform.device,
-    )
-    sampler: Sampler = _build_sampler(builder, platform, dtype)
-    graph_runner: GraphRunner = builder.build("graph_runner")
     _require(
         graph_runner.unsupported_reasons(platform, attention),
         f"graph runner {type(graph_runner).__name__}",
     )
-    driven = {
-        slot: builder.built[slot] for slot in ("linear", "ops", "attention", "sampler", "kv_pool")
-    }
-    step = DecodeStep(decoder, table, pool, attention, sampler, driven)
-    with torch.inference_mode():
-        graph_runner.capture(step)
-    for component in driven.values():
-        component.reset_counters()
+    table = RequestTable(
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=max_model_len,
+        num_lookahead_tokens=built["drafter"].num_lookahead_tokens,
+        num_block_columns=-(-max_model_len // pool.block_size),
+        device=platform.device,
+    )
+    step = None
+    if graph_runner.prepares:
+        driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
+        step = DecodeStep(
+            decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
+        )
     return ModelRunner(
         RunnerParts(
             model=decoder,
             table=table,
             pool=pool,
-            host_pool=HostPool(pool, offload.num_host_blocks),
+            host_pool=HostPool(pool, num_host_blocks),
             attention=attention,
             graph_runner=graph_runner,
-            sampler=sampler,
-            drafter=drafter,
-            verifier=verifier,
+            sampler=built["sampler"],
+            drafter=built["drafter"],
+            verifier=built["verifier"],
             decode_step=step,
         )
     )
 
 
+def _profile(
+    builder: Builder,
+    trial: ModelRunner,
+    limits: Limits,
+    max_model_len: int,
+    memory: DeviceMemory,
+) -> Profile:
+    """Measure what steps take, with the weights on the device and no pool."""
+    pool = trial.parts.pool
+    left = int(limits.memory_fraction * memory.total_bytes) - memory.used_bytes()
+    sizes = StepSizes(
+        num_tokens=_step_tokens(builder, limits, max_model_len),
+        num_requests=limits.max_num_seqs,
+        max_model_len=max_model_len,
+        num_context_tokens=max(0, left) // (pool.num_bytes // pool.block_size),
+    )
+    try:
+        return profile_steps(trial, sizes, memory)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a step of {sizes.num_tokens} tokens and {sizes.num_requests} requests does not fit "
+            "into the device's memory beside the weights. Lower "
+            "engine.scheduler.max_num_batched_tokens, limits.max_num_seqs or limits.max_model_len "
+            f"(a prompt may run whole). What was asked for: {error}"
+        ) from error
+
+
+def _prepare_steps(builder: Builder, runner: ModelRunner) -> None:
+    """Capture, and forget what was counted so far."""
+    parts = runner.parts
+    if parts.decode_step is not None:
+        with torch.inference_mode():
+            parts.graph_runner.capture(parts.decode_step)
+    for component in builder.built.values():
+        component.reset_counters()
+
+
+def _step_tokens(builder: Builder, limits: Limits, max_model_len: int) -> int:
+    """Tokens of the largest step that may be planned."""
+    prefill = builder.make("prefill")
+    budget = prefill.token_budget(builder.config("scheduler").max_num_batched_tokens)
+    return largest_step_tokens(prefill, budget, max_model_len, limits.max_num_seqs)
+
+
 def _build_kv_cache(
-    builder: _Builder,
+    builder: Builder,
     spec: ModelSpec,
     limits: Limits,
     platform: Platform,
     dtype: torch.dtype,
     max_model_len: int,
+    profile: Profile | None,
 ) -> KVCacheManager:
     """The manager of as many blocks as the limits ask for and the memory holds."""
     bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
-    block_size = builder.cls("kv_cache").choose_block_size(
-        builder.config("kv_cache"), max_model_len
+    block_size = builder.block_size(max_model_len)
+    has_host_tier = builder.cls("kv_offload").holds_blocks
+    wish = PoolWish(
+        limits=limits,
+        request_tokens=max_model_len,
+        block_size=block_size,
+        bytes_per_token=bytes_per_token,
+        staging_bytes=most_staging_bytes(block_size * bytes_per_token) if has_host_tier else 0,
     )
-    free = platform.free_memory_bytes()
-    tokens = limits.kv_pool_tokens
-    if not tokens:
-        wanted = limits.max_num_seqs * -(-max_model_len // block_size) * block_size
-        tokens = min(wanted, platform.auto_pool_bytes() // bytes_per_token)
-    num_blocks = _num_blocks(tokens, block_size)
-    needed = (num_blocks + 1) * block_size * bytes_per_token
-    if needed > free:
-        raise ConfigError(
-            f"the KV pool needs {needed / 2**30:.2f} GiB for {num_blocks * block_size} tokens, "
-            f"but {free / 2**30:.2f} GiB are free. Lower limits.kv_pool_tokens, max_num_seqs or "
-            "max_model_len."
-        )
     manager: KVCacheManager = builder.build(
-        "kv_cache", num_blocks=num_blocks, block_size=block_size
+        "kv_cache", num_blocks=pool_blocks(wish, platform, profile), block_size=block_size
     )
     return manager
 
 
-def _num_blocks(tokens: int, block_size: int) -> int:
-    """Whole blocks of a pool; an error where it holds none."""
-    if tokens < block_size:
-        raise ConfigError(
-            f"a KV pool of {tokens} tokens holds no block of {block_size} tokens. Raise "
-            "limits.kv_pool_tokens or lower limits.max_model_len."
-        )
-    return tokens // block_size
-
-
-def _build_scheduler(builder: _Builder, limits: Limits, max_model_len: int) -> Scheduler:
+def _build_scheduler(builder: Builder, limits: Limits, max_model_len: int) -> Scheduler:
     kv_cache: KVCacheManager = builder.built["kv_cache"]  # type: ignore[assignment]
     offload: KVOffload = builder.built["kv_offload"]  # type: ignore[assignment]
     eviction = builder.build("eviction")
@@ -545,43 +467,6 @@ def _resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     if name not in DTYPES:
         raise unknown_name("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
-
-
-def _resolve_model_len(limits: Limits, spec: ModelSpec) -> int:
-    context = spec.max_position_embeddings
-    if limits.max_model_len > context:
-        raise ConfigError(
-            f"limits.max_model_len={limits.max_model_len} is over the model's context of "
-            f"{context} tokens."
-        )
-    return limits.max_model_len or context
-
-
-def _predict(
-    decoder: Decoder, runner: ModelRunner, token_budget: int, max_num_seqs: int
-) -> dict[str, int]:
-    """Bytes by use. Activations are those of the largest step that the scheduler may plan."""
-    spec = decoder.spec
-    item = decoder.dtype.itemsize
-    parts = runner.parts
-    most_tokens = min(token_budget, parts.pool.num_blocks * parts.pool.block_size)
-    most_logits = max_num_seqs * (1 + parts.drafter.num_lookahead_tokens)
-    return {
-        "weights": decoder.weight_bytes_actual,
-        "rope_tables": decoder.rope_bytes,
-        "kv_pool": parts.pool.num_bytes,
-        "kv_host": parts.host_pool.num_device_bytes,
-        "request_table": parts.table.num_bytes,
-        "activations": (most_tokens * _activation_width(spec) + most_logits * spec.vocab_size)
-        * item,
-        "graphs": parts.graph_runner.num_bytes,
-    }
-
-
-def _activation_width(spec: ModelSpec) -> int:
-    """Values a token at the widest point of a layer, the residual stream included."""
-    attention = max(2 * layer.q_size + 2 * layer.kv_size + layer.q_size for layer in spec.layers)
-    return 2 * spec.hidden_size + max(3 * spec.intermediate_size, attention)
 
 
 def _describe(

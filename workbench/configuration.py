@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from workbench.assemble import EngineConfig, Limits
 from workbench.core.errors import ConfigError, unknown_name
 from workbench.models.source import open_source
+from workbench.sizing import FILL
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 _MARKER_KEYS = {
@@ -338,11 +339,15 @@ def limits_of(cfg: DictConfig, *, max_num_seqs: int, max_model_len: int) -> Limi
         if given == "auto":
             return auto
         if not isinstance(given, int) or isinstance(given, bool):
-            raise ConfigError(f"limits.{name}={given!r} must be auto or an integer.")
+            more = f", {FILL}" if name == "kv_pool_tokens" else ""
+            raise ConfigError(f"limits.{name}={given!r} must be auto{more} or an integer.")
         return given
+
+    pool = cfg.limits.kv_pool_tokens
 
     return Limits(
         max_num_seqs=value("max_num_seqs", max_num_seqs),
         max_model_len=value("max_model_len", max_model_len),
-        kv_pool_tokens=value("kv_pool_tokens", 0),
+        kv_pool_tokens=FILL if pool == FILL else value("kv_pool_tokens", 0),
+        memory_fraction=cfg.limits.memory_fraction,
     )

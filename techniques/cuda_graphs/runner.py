@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,9 @@ from workbench.core.errors import ConfigError
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, CudaGraphSupport
 from workbench.slots.graph_runner import DecodeStep, GraphRunner
 from workbench.slots.platform import Platform
+
+#: Sizes beside the largest by which the memory of all is estimated.
+_TRIALS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class CudaGraphRunner(GraphRunner):
         self._replays: dict[_Key, int] = {}
         self._size_of: dict[str, list[int]] = {}  # by form, then by number of requests
         self._num_bytes = 0
+        #: One for all captures: libraries keep workspaces by stream.
+        self._stream: torch.cuda.Stream | None = None
 
     def unsupported_reasons(self, platform: Platform, attention: AttentionBackend) -> list[str]:
         reasons = []
@@ -73,38 +79,76 @@ class CudaGraphRunner(GraphRunner):
             )
         return reasons
 
-    def capture(self, step: DecodeStep) -> None:
+    def _keys(self, step: DecodeStep) -> list[_Key]:
+        """Sizes of all forms, ascending."""
+        return sorted((size, form) for form, sizes in self._sizes(step).items() for size in sizes)
+
+    def _sizes(self, step: DecodeStep) -> dict[str, list[int]]:
+        """Sizes of each form, ascending."""
         largest = min(self.config.max_size or step.max_size, step.max_size)
         sizes = {PLAIN_FORM: capture_sizes(largest, self.config.granularity)}
         for extra in step.forms:
             few = range(extra.granularity, largest, extra.granularity)
             sizes[extra.name] = [*few, largest]
-        keys = [(size, form) for form, all_sizes in sizes.items() for size in all_sizes]
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_reserved()
+        return sizes
+
+    def trial_bytes(self, step: DecodeStep) -> int:
+        """By the largest size, which brings its activations, and some of the others, which find
+        theirs there and bring what the driver keeps of a graph."""
+        largest, *others = reversed(self._keys(step))
+        some = others[:: -(-len(others) // _TRIALS)] if others else []
+        with self._capturing():  # so that what is taken once, such as workspaces, is there
+            self._compile(step)
+            for key in (largest, *some):
+                step.run(*key)
+        before = _used_bytes()
         pool = torch.cuda.graph_pool_handle()
+        with self._capturing():
+            self._capture(step, largest, pool)
+        first = _used_bytes()
+        with self._capturing():
+            for key in some:
+                self._capture(step, key, pool)
+        rest = _used_bytes() - first
+        self._graphs, self._counts, self._replays = {}, {}, {}
+        with self._capturing():
+            step.run(*self._keys(step)[0])  # lets go of the logits of the last capture
+        return max(0, first - before) + max(0, rest) * len(others) // max(1, len(some))
+
+    def capture(self, step: DecodeStep) -> None:
+        before = _used_bytes()
+        pool = torch.cuda.graph_pool_handle()
+        with self._capturing():
+            self._compile(step)
+            for key in reversed(self._keys(step)):
+                self._capture(step, key, pool)
+        self._num_bytes = max(0, _used_bytes() - before)
+        for form, sizes in self._sizes(step).items():
+            size_of = self._size_of[form] = [sizes[0]]
+            for smaller, size in pairwise([0, *sizes]):
+                size_of += [size] * (size - smaller)
+
+    def _compile(self, step: DecodeStep) -> None:
+        """Compile the Triton kernels of all sizes; what these runs compute is never read."""
+        with compiled_together():
+            for key in self._keys(step):
+                step.run(*key)
+
+    @contextlib.contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """On the capture stream, behind what is queued and before what comes after."""
         make_stream: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
-        stream = make_stream()
+        stream = self._stream = self._stream or make_stream()
         stream.wait_stream(torch.cuda.current_stream())
         collects = gc.isenabled()
         gc.disable()  # a tensor that is freed while a graph is captured would break it
         try:
             with torch.cuda.stream(stream):
-                with compiled_together():  # what these runs compute is never read
-                    for key in sorted(keys):
-                        step.run(*key)
-                for key in sorted(keys, reverse=True):
-                    self._capture(step, key, pool)
+                yield
         finally:
             if collects:
                 gc.enable()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._num_bytes = torch.cuda.memory_reserved() - before
-        for form, all_sizes in sizes.items():
-            size_of = self._size_of[form] = [all_sizes[0]]
-            for smaller, size in pairwise([0, *all_sizes]):
-                size_of += [size] * (size - smaller)
 
     def _capture(self, step: DecodeStep, key: _Key, pool: Any) -> None:
         step.run(*key)  # compiles what is left, and makes libraries allocate what they keep
@@ -144,6 +188,15 @@ class CudaGraphRunner(GraphRunner):
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
+
+
+def _used_bytes() -> int:
+    """In use on the whole device, once nothing runs and nothing is kept for later: what the driver
+    holds of a graph is in no count of torch's."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def capture_sizes(largest: int, granularity: int) -> list[int]:

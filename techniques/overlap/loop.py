@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from workbench.core.step import SchedulerOutput
 from workbench.slots.executor import Executor, Running
 from workbench.slots.loop import FinishedStep, Loop
 from workbench.slots.scheduler import Scheduler
 from workbench.slots.step_plan import AssumedStep
+
+_Span = tuple[str, float, float]
+_Queued = tuple[SchedulerOutput, Running, _Span]
 
 
 class OverlappedLoop(Loop):
@@ -21,11 +26,14 @@ class OverlappedLoop(Loop):
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        self._running: tuple[SchedulerOutput, Running] | None = None
+        self._running: _Queued | None = None
         #: The running step, once it is booked, and the one queued behind it. Kept until the tokens
         #: are there: a wait that is interrupted is taken up again by the next call.
         self._assumed: AssumedStep | None = None
-        self._following: tuple[SchedulerOutput, Running] | None = None
+        self._following: _Queued | None = None
+        #: Of the running step, once it is booked.
+        self._spans: tuple[_Span, ...] = ()
+        self._ahead_s = 0.0
         self._error: BaseException | None = None
         self.reset_counters()
 
@@ -36,32 +44,44 @@ class OverlappedLoop(Loop):
         if self._running is not None and self._assumed is None and not scheduler.running:
             self._drop_rest(scheduler)  # all of it was aborted since
         if self._running is None:
+            began = time.perf_counter()
             plan = scheduler.schedule()
             if plan is None:
                 return None
+            span = ("schedule", began, time.perf_counter())
             try:
-                self._running = plan, executor.submit(plan)
+                self._running = plan, executor.submit(plan), span
             except BaseException:
                 scheduler.plan_failed(plan)
                 raise
-        plan, running = self._running
+        plan, running, span = self._running
         if self._assumed is None:
+            began = time.perf_counter()
             self._assumed = scheduler.assume(plan)
+            assumed = time.perf_counter()
+            self._spans = (span, ("assume", began, assumed))
             self._queue_next(scheduler, executor)
+            self._ahead_s = time.perf_counter() - assumed
         result = running.result()
-        done = FinishedStep(plan, result, scheduler.resolve(self._assumed, result))
+        began = time.perf_counter()
+        updates = scheduler.resolve(self._assumed, result)
+        spans = (*self._spans, ("update", began, time.perf_counter()))
+        done = FinishedStep(plan, result, updates, spans, self._ahead_s)
         self._running, self._following, self._assumed = self._following, None, None
         if self._running is not None and not scheduler.has_unfinished():
             self._drop_rest(scheduler)
             self._counts["steps_for_nothing"] += 1
+            done.ahead_s = 0.0
         return done
 
     def _queue_next(self, scheduler: Scheduler, executor: Executor) -> None:
+        began = time.perf_counter()
         following = scheduler.schedule()
         if following is None:
             return
+        span = ("schedule", began, time.perf_counter())
         try:
-            self._following = following, executor.submit(following)
+            self._following = following, executor.submit(following), span
             self._counts["steps_ahead"] += 1
         except BaseException as error:  # the step before it is fine: it comes first
             scheduler.plan_failed(following)
@@ -70,7 +90,7 @@ class OverlappedLoop(Loop):
     def _drop_rest(self, scheduler: Scheduler) -> None:
         """Nobody is left to take what still runs."""
         assert self._running is not None
-        plan, running = self._running
+        plan, running, _ = self._running
         self._running = None
         running.result()
         assert not scheduler.assume(plan).sampled, "somebody is left"

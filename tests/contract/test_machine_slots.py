@@ -104,6 +104,10 @@ def test_graph_runner_has_room_for_whom_it_takes(option: str) -> None:
     if option != "eager" and runner.unsupported_reasons(platform, component("attention", "triton")):
         pytest.skip("it cannot run here")
     step = CountingStep()
+    assert runner.dispatch(1) is None, "nothing is prepared yet"
+    assert runner.trial_bytes(step) >= 0
+    assert runner.dispatch(1) is None, "a trial leaves nothing behind"
+    step.sizes.clear()
     runner.capture(step)
     sizes = [runner.dispatch(n) for n in range(1, 22)]
     assert sizes[20] is None, "more than the step holds"

@@ -29,17 +29,24 @@ PREPARED = (
 class CallingRunner(GraphRunner):
     """Runs the step where a graph would be replayed, in sizes of three and its multiples."""
 
-    def capture(self, step: DecodeStep) -> None:
-        self._step = step
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self._step: DecodeStep | None = None
         self.sizes: list[int] = []
         self.forms: list[str] = []
+
+    def capture(self, step: DecodeStep) -> None:
+        self._step = step
         for form in (PLAIN_FORM, *(form.name for form in step.forms)):
             step.run(step.max_size, form)  # as a capture does, on padding alone
 
     def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        if self._step is None:
+            return None
         return min(-(-num_requests // 3) * 3, self._step.max_size)
 
     def run(self, size: int, form: str = PLAIN_FORM) -> None:
+        assert self._step is not None
         self.sizes.append(size)
         self.forms.append(form)
         self._step.run(size, form)

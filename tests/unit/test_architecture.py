@@ -49,8 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workbench.bench": {"workbench", "workbench.core"},
     "workbench.server": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
     "workbench.simulate": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
-    "workbench.assemble": ALL_BUT_BENCH,
-    "workbench.configuration": {*ALL_BUT_BENCH, "workbench.assemble"},
+    "workbench.components": {"workbench", "workbench.core", "workbench.slots"},
+    "workbench.sizing": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
+    "workbench.assemble": {*ALL_BUT_BENCH, "workbench.components", "workbench.sizing"},
+    "workbench.configuration": {*ALL_BUT_BENCH, "workbench.assemble", "workbench.sizing"},
     "workbench.api": {*ALL_BUT_BENCH, "workbench.assemble", "workbench.configuration"},
 }
 #: On top of everything.

@@ -91,9 +91,8 @@ def test_composition_does_not_leak_into_the_next() -> None:
     ],
 )
 def test_limits_are_auto_or_positive_integers(given: object, valid: bool) -> None:
-    cfg = OmegaConf.create(
-        {"limits": {"max_num_seqs": given, "max_model_len": "auto", "kv_pool_tokens": "auto"}}
-    )
+    limits = {"max_model_len": "auto", "kv_pool_tokens": "auto", "memory_fraction": 0.9}
+    cfg = OmegaConf.create({"limits": {"max_num_seqs": given, **limits}})
     if not valid:
         with pytest.raises(ConfigError, match="max_num_seqs"):
             limits_of(cfg, max_num_seqs=3, max_model_len=64)

@@ -210,8 +210,8 @@ def test_a_wrong_copy_shows_in_the_tokens(
 def test_memory_of_the_tier_stands_in_the_ledger() -> None:
     engine = make_engine("block_hash", *with_tier(24))
     predicted = engine.parts.ledger.read().predicted
-    pool_blocks = 96 // 4 + 1
-    per_block = predicted["kv_pool"] // pool_blocks
+    per_block = predicted["kv_pool"] // (96 // 4)
+    assert predicted["kv_trash_block"] == per_block
     assert engine.parts.info["kv_host_bytes"] == 24 * per_block
     assert predicted["kv_host"] == 3 * 24 * per_block, "host blocks, and two buffers as large"
     assert make_engine("block_hash").parts.ledger.read().predicted["kv_host"] == 0

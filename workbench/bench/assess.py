@@ -25,7 +25,9 @@ from workbench.bench.roofline import Ceilings, utilisation
 from workbench.bench.settings import BenchSettings, Variant
 from workbench.bench.slo import goodput_over_rounds
 from workbench.bench.stats import RoundPair, paired_ratio, speed_p_value, verdict_word
+from workbench.bench.timeline import timeline_of
 from workbench.core.backend import Backend, BackendInfo, MemoryLedger
+from workbench.core.step import StepRecord
 
 _MIN_ROUNDS = 3
 _TIME_UNITS = frozenset({"s", "ms", "us", "ns", "seconds"})
@@ -54,6 +56,8 @@ class VariantState:
     rounds: list[RoundSample] = field(default_factory=list)
     counters: list[dict[str, float]] = field(default_factory=list)
     ledgers: list[MemoryLedger] = field(default_factory=list)
+    #: Of the last round, where the backend tells them.
+    steps: Sequence[StepRecord] = ()
     evidence: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     load_settings: dict[str, Any] = field(default_factory=dict)
@@ -185,6 +189,7 @@ def _speed(
         "steady": steady_metrics(state.rounds),
         "roofline": utilisation(counters, wall_s, ceilings, dtype),
         "samples": tuple(state.rounds),
+        "timeline": timeline_of(state.steps),
     }
 
 

@@ -194,6 +194,14 @@ def _kv(record: Record) -> list[str]:
     if predicted:
         share = 100 * memory["peak_memory_bytes"] / predicted
         parts.append(f"peak memory {share:.0f} % of the ledger's prediction")
+    device = memory.get("device")
+    if device:
+        whole = sum(device.values())
+        parts.append(
+            f"{100 * (1 - device['free'] / whole):.0f} % of the device in use ({whole / 2**30:.1f} "
+            f"GiB), {100 * device['kv_pool'] / whole:.0f} % KV, "
+            f"{100 * device['unexplained'] / whole:.1f} % unexplained"
+        )
     return parts
 
 

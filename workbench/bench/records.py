@@ -43,6 +43,7 @@ _SPEED_FIELDS = (
     "compared",
     "roofline",
     "samples",
+    "timeline",
 )
 
 
@@ -56,7 +57,7 @@ class Record:
         From ``STATUSES``; the message of the failure, and where it was raised.
     verdict
         Of the correctness and evidence gates.
-    metrics, steady, slo, speedup, ci95, p_value, compared, word, roofline, samples
+    metrics, steady, slo, speedup, ci95, p_value, compared, word, roofline, samples, timeline
         Speed; None (samples: empty) unless the verdict passed. ``speedup`` is the variant's
         output tok/s over that of ``baseline``, paired by round; ``word`` is the most that may be
         said of it. ``metrics`` are of whole rounds, ramp and drain included.
@@ -76,6 +77,9 @@ class Record:
         Byte ledger of the round with the highest peak, with ``peak_memory_bytes``.
     samples
         Raw times, one entry a round.
+    timeline
+        Steps of the last round: sums by kind, and a bounded sample of single ones; None for a
+        backend that does not tell its steps.
     """
 
     run_id: str
@@ -112,6 +116,7 @@ class Record:
     memory: dict[str, Any] | None = None
     ceilings: dict[str, Any] | None = None
     roofline: dict[str, Any] | None = None
+    timeline: dict[str, Any] | None = None
     samples: tuple[RoundSample, ...] = ()
     command: str = ""
     schema: int = SCHEMA

@@ -337,6 +337,9 @@ class _Job:
             base_bytes=state.base_bytes,
         )
         counters = dict(backend.counters())
+        step_records = getattr(backend, "step_records", None)
+        if step_records is not None:
+            state.steps = step_records()
         try:
             sample, outputs = collect(
                 events, self.requests, load.release_s, load.taken_s, start_s, end_s

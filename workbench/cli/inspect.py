@@ -1,4 +1,4 @@
-"""``list``, ``doctor``, ``report`` and ``--cfg``."""
+"""``list``, ``doctor`` and ``--cfg``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from workbench.bench.environment import collect_environment
 from workbench.bench.roofline import measure_ceilings
 from workbench.cli.output import print_document, takes_json
 from workbench.configuration import CONF_DIR, Marker, compose_config, load_markers, options_of
-from workbench.core.errors import ConfigError, WorkbenchError, unknown_name
+from workbench.core.errors import WorkbenchError, unknown_name
 from workbench.models.families import read_config
 from workbench.models.source import ModelSource
 from workbench.slots.platform import Platform
@@ -202,28 +201,6 @@ def _print_diagnosis(document: dict[str, Any]) -> None:
     console.print(measured)
     for name, value in document["environment"].items():
         console.print(f"[dim]{name}:[/dim] {value}", soft_wrap=True)
-
-
-def report_command(arguments: Sequence[str]) -> int:
-    """Draw the figure of a record file again."""
-    as_json, rest = takes_json(list(arguments))
-    if len(rest) != 1:
-        raise ConfigError("report needs one record file: python -m workbench report FILE.jsonl")
-    if not Path(rest[0]).is_file():
-        raise ConfigError(f"there is no record file {rest[0]}.")
-    try:
-        from workbench.bench.figure import report  # matplotlib takes its time
-
-        figure = report(rest[0])
-    except WorkbenchError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if as_json:
-        print_document({"schema": 1, "figure": str(figure)})
-    else:
-        print(figure)
-    return 0
 
 
 def config_command(arguments: Sequence[str]) -> int:

@@ -15,7 +15,9 @@ python -m workbench [+technique=NAME | +technique=[A,B]] [key=value ...]   measu
 python -m workbench fetch NAME | --list     get a model
 python -m workbench list                    techniques: slots, requirements, losslessness, paper
 python -m workbench doctor                  what this machine can run, and its ceilings
-python -m workbench report FILE.jsonl       draw the figure of recorded runs again
+python -m workbench report FILE.jsonl       draw the figure of recorded runs again; or latest
+python -m workbench report --timeline FILE  where its steps' time went; --trace OUT.json
+python -m workbench report --memory FILE    where its bytes lie, predicted and measured
 python -m workbench -m +technique=A,B ...   a Hydra sweep
 python -m workbench --cfg [key=value ...]   the composed configuration, without running it
 
@@ -81,7 +83,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from workbench.cli.inspect import report_command
+    from workbench.cli.report import report_command
 
     return report_command(arguments)
 

@@ -55,6 +55,11 @@ class MemoryLedger:
     ----------
     predicted
         Bytes by use (``weights``, ``kv_pool``, ``activations``, ``graphs``, ``other``).
+    activation_basis
+        What ``predicted["activations"]`` stands on.
+    device
+        Where all bytes of a device with memory of its own were after the run, by use; ``free`` and
+        ``unexplained`` are among them. Empty where the memory is the host's.
     measured_peak_bytes
         Peak of the process (CPU: peak resident set; CUDA: peak allocated) above ``base_bytes``.
     base_bytes
@@ -69,6 +74,8 @@ class MemoryLedger:
     kv_allocated_tokens: int = 0
     kv_used_tokens: int = 0
     kv_mean_waste: float | None = None
+    activation_basis: str = ""
+    device: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,8 @@ class Backend(Protocol):
     request behind. Tokens are counted from engine ids, never by tokenising text again.
 
     A backend that must look at the workload before it runs (to find its best batch size, say) has
-    ``prepare(requests, max_concurrency)``, which is called once and is not timed.
+    ``prepare(requests, max_concurrency)``, which is called once and is not timed. One that knows
+    the steps of its last ``run`` has ``step_records()``, a sequence of ``StepRecord``.
     """
 
     name: str

@@ -11,12 +11,46 @@ import contextlib
 import ctypes
 import gc
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class DeviceMemory(Protocol):
+    """Bytes of a device that has memory of its own, and of torch's allocator there."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All there is."""
+        ...
+
+    def used_bytes(self) -> int:
+        """In use, by whomever."""
+        ...
+
+    def reserved_bytes(self) -> int:
+        """What the allocator has taken from the device."""
+        ...
+
+    def allocated_bytes(self) -> int:
+        """What of it tensors hold."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Start a new peak at what is reserved now."""
+        ...
+
+    def peak_reserved_bytes(self) -> int:
+        """Most that was reserved since :meth:`reset_peak`."""
+        ...
+
+    def trim(self) -> None:
+        """Wait for the device, and give back what no tensor holds."""
+        ...
 
 
 def _status_bytes(key: str) -> int:

@@ -181,6 +181,8 @@ class ModelRunnerOutput:
         By request and new token, where asked for.
     num_context_tokens
         Tokens of KV that the step's requests had before it, summed.
+    timings_us, starts_s
+        By part of the step: how long the host was at it, and when it began (``perf_counter``).
     """
 
     token_ids: list[list[int]]
@@ -190,6 +192,7 @@ class ModelRunnerOutput:
     num_padded_tokens: int = 0
     graph_mode: str = "eager"
     timings_us: dict[str, float] = field(default_factory=dict)
+    starts_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -198,13 +201,20 @@ class StepRecord:
 
     Attributes
     ----------
+    num_single_tokens
+        Requests that run one token.
     num_context_tokens
         Tokens of KV that the step's requests had before it, summed.
     host_us
         Everything but the model: scheduling, input preparation, drafting, updating.
     device_us
-        Forward pass, logits and sampling; where steps are planned ahead, the time from one step's
-        tokens to the next one's, since the device works meanwhile.
+        The device's time as the host sees it: from the launch of the step, or from the tokens of
+        the step before if those came later, until the step's tokens are on the host. A step that
+        yields no token is not waited for: what the device still has to do of it counts to the next.
+    parts_us, starts_s
+        By part of the step: how long the host was at it, and when it began (``perf_counter``).
+    device_start_s
+        Where ``device_us`` begins (``perf_counter``).
     """
 
     step: int
@@ -217,8 +227,11 @@ class StepRecord:
     num_accepted_tokens: int
     num_output_tokens: int
     num_idle_rows: int
+    num_single_tokens: int
     num_context_tokens: int
     graph_mode: str
     host_us: float
     device_us: float
     parts_us: dict[str, float] = field(default_factory=dict)
+    starts_s: dict[str, float] = field(default_factory=dict)
+    device_start_s: float = 0.0

@@ -13,6 +13,7 @@ from workbench import __version__
 from workbench.core.backend import BackendInfo, MemoryLedger, RequestSource, TokenEvent
 from workbench.core.errors import RequestError
 from workbench.core.sampling import SamplingParams
+from workbench.core.step import StepRecord
 from workbench.engine.engine import Engine
 
 
@@ -133,6 +134,10 @@ class EngineBackend:
             "flops": float(sum(cost.flops_of(s) for s in steps)),
             "model_seconds": sum(s.device_us for s in steps) * 1e-6,
         }
+
+    def step_records(self) -> list[StepRecord]:
+        """The steps of the last run."""
+        return list(self.engine.steps)
 
     def memory(self) -> MemoryLedger | None:
         return self.engine.parts.ledger.read()

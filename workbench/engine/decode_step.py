@@ -86,6 +86,23 @@ class DecodeStep:
         """Most requests of a step."""
         return len(self.rows)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its own buffers on the device; logits lie in the memory of whoever runs it."""
+        whole = self._whole
+        held = (
+            self.rows,
+            self.new_ids,
+            whole.input_ids,
+            whole.positions,
+            whole.query_start_loc,
+            whole.seq_lens,
+            whole.block_table,
+            whole.slot_mapping,
+            whole.logits_indices,
+        )
+        return sum(tensor.nbytes for tensor in held)
+
     def counters(self) -> dict[str, float]:
         """Counts of the components that it drives, as ``slot.counter``."""
         return {

@@ -58,7 +58,9 @@ class Engine:
         self.parts = parts
         self.tokenizer = parts.tokenizer
         # Bounded, so that a server may run for days; a bench run stays far under it.
-        self.steps: deque[StepRecord] = deque(maxlen=1 << 18)
+        self.steps: deque[StepRecord] = deque(maxlen=1 << 17)
+        self._device_until_s = 0.0  # when the tokens of the last step were there
+        self._ahead_s = 0.0  # of the last call, for the step that comes now
         self._states: dict[str, RequestState] = {}
         self._child_of: dict[str, tuple[RequestState, int]] = {}
         self._ids = itertools.count()
@@ -256,23 +258,42 @@ class Engine:
         updated: float,
     ) -> None:
         plan, result = done.plan, done.result
-        parts_us = dict(result.timings_us)
-        device_us = sum(parts_us.get(part, 0.0) for part in ("model", "sample", "wait"))
-        parts_us["schedule"] = max(0.0, (returned - began) * 1e6 - sum(parts_us.values()))
-        parts_us["update"] = (updated - returned) * 1e6
-        parts_us["output"] = (time.perf_counter() - updated) * 1e6
-        host_us = sum(parts_us.values()) - device_us
-        if done.updates is not None:  # planned ahead: the device worked all the while
-            device_us = (returned - began) * 1e6
+        parts_us, starts_s = result.timings_us, result.starts_s
+        for part, start, end in done.spans:
+            starts_s[part], parts_us[part] = start, (end - start) * 1e6
+        # What nobody stamped. The call may have begun the next step, and this one in the last call.
+        spent_us = (returned - began - done.ahead_s + self._ahead_s) * 1e6
+        self._ahead_s = done.ahead_s
+        stamped_us = sum(parts_us.values())
+        parts_us["other"] = max(0.0, spent_us - stamped_us)
+        total_us = max(spent_us, stamped_us)
+        if done.updates is None:
+            starts_s["update"], parts_us["update"] = returned, (updated - returned) * 1e6
+            total_us += parts_us["update"]
+            returned = updated
+        starts_s["output"] = returned
+        parts_us["output"] = output_us = (time.perf_counter() - returned) * 1e6
+        host_us = total_us + output_us
+        until_s = device_start_s = self._device_until_s
+        if "wait" in starts_s:  # else the executor stamps nothing
+            wait_us = parts_us["wait"]
+            host_us -= parts_us["model"] + parts_us["sample"] + wait_us
+            until_s = self._device_until_s = starts_s["wait"] + wait_us * 1e-6
+            if starts_s["model"] > device_start_s:
+                device_start_s = starts_s["model"]
         num_output = sum([len(u.new_token_ids) for u in updates])
         num_tokens = plan.total_num_scheduled_tokens
         num_drafts = sum(plan.num_draft_tokens)
+        num_requests = len(plan.request_ids)
+        num_single = num_requests
+        if num_tokens != num_requests:
+            num_single = plan.num_scheduled_tokens.count(1)
         sampled = sum(map(len, result.token_ids))
         num_sampling = sum(plan.samples)
         self.steps.append(
             StepRecord(
                 step=plan.step,
-                num_requests=len(plan.request_ids),
+                num_requests=num_requests,
                 num_scheduled_tokens=num_tokens,
                 num_prompt_tokens=num_tokens - num_drafts - num_sampling,
                 num_cached_tokens=plan.num_cached_tokens,
@@ -281,11 +302,14 @@ class Engine:
                 num_accepted_tokens=sampled - num_sampling,
                 num_output_tokens=num_output,
                 num_idle_rows=plan.num_idle_rows,
+                num_single_tokens=num_single,
                 num_context_tokens=result.num_context_tokens,
                 graph_mode=result.graph_mode,
                 host_us=host_us,
-                device_us=device_us,
+                device_us=(until_s - device_start_s) * 1e6,
                 parts_us=parts_us,
+                starts_s=starts_s,
+                device_start_s=device_start_s,
             )
         )
 

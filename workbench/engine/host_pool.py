@@ -28,6 +28,11 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 Work = Callable[[], object]
 
 
+def most_staging_bytes(bytes_per_block: int) -> int:
+    """Most device memory that the copies of a host tier pass through."""
+    return max(STAGING_BYTES, _NUM_STAGINGS * bytes_per_block)
+
+
 class Lanes(Protocol):
     """Two queues of work: ``main`` is where the model runs, ``side`` is for the way to the host.
 

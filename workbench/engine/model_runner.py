@@ -116,7 +116,9 @@ class ModelRunner:
         else:
             self._advance(inputs, None)
         clock.lap("sample")
-        return RunningStep(self, plan, inputs, accepted, selected, clock)
+        running = RunningStep(self, plan, inputs, accepted, selected, clock)
+        clock.lap("queue")
+        return running
 
     def _forward(self, inputs: StepInputs, clock: PartClock) -> torch.Tensor:
         parts, batch = self.parts, inputs.batch
@@ -341,6 +343,7 @@ class RunningStep:
             num_padded_tokens=0 if self._size is None else self._size - count,
             graph_mode="eager" if self._size is None else "graph",
             timings_us=clock.laps,
+            starts_s=clock.starts,
         )
 
 
@@ -364,11 +367,14 @@ class TokensToRead:
 
 
 class PartClock:
-    """Microseconds by part of a step."""
+    """Microseconds by part of a step, and when each part began (``perf_counter``)."""
+
+    __slots__ = ("_last", "laps", "starts")
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
+        self.starts: dict[str, float] = {}
 
     def resume(self) -> None:
         """Leave out what has passed since the last lap."""
@@ -377,5 +383,6 @@ class PartClock:
     def lap(self, part: str) -> None:
         """Book the time since the last lap."""
         now = time.perf_counter()
+        self.starts[part] = self._last
         self.laps[part] = (now - self._last) * 1e6
         self._last = now

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.core.memory import DeviceMemory, MemoryProbe
 from workbench.slots.platform import Platform
 
 
@@ -47,8 +48,43 @@ class Cuda(Platform):
     def free_memory_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 
-    def auto_pool_bytes(self) -> int:
-        return int(0.85 * self.free_memory_bytes())
+    def auto_pool_bytes(self, memory_fraction: float) -> int:
+        memory = self.device_memory()
+        return max(0, int(memory_fraction * memory.total_bytes) - memory.used_bytes())
+
+    def device_memory(self) -> DeviceMemory:
+        return CudaMemory(self.device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+class CudaMemory:
+    """Bytes of one GPU, and of torch's allocator there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def total_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[1]
+
+    def used_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def reserved_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._device)
+
+    def allocated_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_reserved_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
+
+    def trim(self) -> None:
+        torch.cuda.synchronize(self._device)
+        MemoryProbe(self._device).trim()

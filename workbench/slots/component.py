@@ -16,7 +16,7 @@ class Component(ABC):  # noqa: B024 - its subclasses, the slots, have the abstra
     """Base of everything that fills a slot.
 
     A component is built as ``Class(Config(...), <runtime objects by keyword>)`` and nowhere but in
-    ``workbench.assemble``. ``Config`` is its whole configuration, resolved and never mutated.
+    ``workbench.components``. ``Config`` is its whole configuration, resolved and never mutated.
     """
 
     Config: ClassVar[type[Any]] = NoConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, StepForm
 from workbench.slots.component import Component
@@ -40,6 +40,9 @@ class DecodeStep(Protocol):
 class GraphRunner(Component):
     """Prepares steps of single tokens ahead of the first request, padded to a few sizes."""
 
+    #: Whether it prepares any; else it is given no step, and the buffers of one are not there.
+    prepares: ClassVar[bool] = True
+
     def unsupported_reasons(self, platform: Platform, attention: AttentionBackend) -> list[str]:
         """Why it cannot prepare steps here; empty when it can."""
         return []
@@ -51,7 +54,8 @@ class GraphRunner(Component):
     @abstractmethod
     def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
         """Size, padding included, under which so many requests run in this form; None where none
-        is prepared: another form may be, or the ops are launched one by one."""
+        is prepared, as before :meth:`capture`: another form may be, or the ops are launched one by
+        one."""
 
     @abstractmethod
     def run(self, size: int, form: str = PLAIN_FORM) -> None:
@@ -62,6 +66,11 @@ class GraphRunner(Component):
         ``slot.counter``."""
         return {}
 
+    def trial_bytes(self, step: DecodeStep) -> int:
+        """Device memory that prepared steps are going to hold, found by preparing a few of them
+        and dropping these again. Called before :meth:`capture`, with a step of its own."""
+        return 0
+
     @property
     def num_bytes(self) -> int:
         """Device memory that prepared steps hold."""
@@ -70,6 +79,8 @@ class GraphRunner(Component):
 
 class EagerRunner(GraphRunner):
     """Prepares nothing: the null object."""
+
+    prepares = False
 
     def capture(self, step: DecodeStep) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -14,11 +15,23 @@ from workbench.slots.step_plan import RequestUpdate
 
 @dataclass(slots=True)
 class FinishedStep:
-    """A plan and what came of it; what changed, where the scheduler has booked it already."""
+    """A plan and what came of it.
+
+    Attributes
+    ----------
+    updates
+        What changed, where the scheduler has booked it already.
+    spans
+        Parts of the step that the loop saw: name, begin and end (``perf_counter``).
+    ahead_s
+        Seconds of the call that went into the step that follows.
+    """
 
     plan: SchedulerOutput
     result: ModelRunnerOutput
     updates: list[RequestUpdate] | None = None
+    spans: tuple[tuple[str, float, float], ...] = ()
+    ahead_s: float = 0.0
 
 
 class Loop(Component):
@@ -41,11 +54,13 @@ class SyncLoop(Loop):
     """Plan, run, return: the null object."""
 
     def step(self, scheduler: Scheduler, executor: Executor) -> FinishedStep | None:
+        began = time.perf_counter()
         plan = scheduler.schedule()
         if plan is None:
             return None
+        spans = (("schedule", began, time.perf_counter()),)
         try:
-            return FinishedStep(plan, executor.execute(plan))
+            return FinishedStep(plan, executor.execute(plan), spans=spans)
         except BaseException:
             scheduler.plan_failed(plan)
             raise

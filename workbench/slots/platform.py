@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from workbench.core.errors import ConfigError
-from workbench.core.memory import MemoryProbe
+from workbench.core.memory import DeviceMemory, MemoryProbe
 from workbench.slots.component import Component
 
 
@@ -36,12 +36,20 @@ class Platform(Component):
         """Bytes that could be taken now."""
 
     @abstractmethod
-    def auto_pool_bytes(self) -> int:
-        """Most bytes that a KV pool takes when nobody says how many."""
+    def auto_pool_bytes(self, memory_fraction: float) -> int:
+        """Most bytes that a KV pool takes when nobody says how many, and nothing is measured yet.
+
+        ``memory_fraction`` is the share of a device with memory of its own that may be used.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done what it was told."""
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Where the device has memory of its own, its counts: the KV pool is sized by a profile.
+        None where its memory is the host's."""
+        return None
 
     def memory_probe(self) -> MemoryProbe:
         """A probe of this device's memory."""
@@ -87,8 +95,9 @@ class Cpu(Platform):
     def free_memory_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
-    def auto_pool_bytes(self) -> int:
-        # Host memory is everybody's: take little, since what is taken is zeroed page by page.
+    def auto_pool_bytes(self, memory_fraction: float) -> int:
+        # Host memory is everybody's, whatever share the engine could have: take little, since what
+        # is taken is zeroed page by page.
         return min(2 << 30, self.free_memory_bytes() // 4)
 
     def synchronize(self) -> None: ...
