@@ -298,10 +298,18 @@ def choose_tiling(
     multiprocessors = num_multiprocessors(device)
     if dtype == torch.float32:  # products without tensor cores, which would round the inputs
         return SkinnyTiling(32, 32, num_warps=4, num_stages=3, prefetched=0)
-    if out_features >= 128 * multiprocessors or not has_large_shared_memory(device):
+    if not has_large_shared_memory(device):
         return SkinnyTiling(64, 128, num_stages=4 if num_tokens <= 16 else 3, programs=0)
+    if num_tokens > 16:
+        if out_features <= 8 * multiprocessors:
+            return SkinnyTiling(32, 256, num_stages=4, programs=2)
+        if in_features > 2 * out_features:
+            return SkinnyTiling(64, 256, num_stages=3, programs=1)
+        return SkinnyTiling(64, 128, num_stages=5 if num_tokens <= 32 else 4, programs=0)
+    if out_features >= 128 * multiprocessors:
+        return SkinnyTiling(64, 128, num_stages=4, programs=0)
     if in_features <= 1024 and out_features >= 4096:  # little to share out
-        return SkinnyTiling(64, 256, num_stages=5 if num_tokens <= 16 else 4, programs=0)
+        return SkinnyTiling(64, 256, num_stages=5, programs=0)
     return SkinnyTiling(64, 256, num_stages=3, programs=1)
 
 

@@ -27,7 +27,7 @@ class SkinnyLinearConfig:
         Whether a step of one token has its norms, activations and additions in its products.
     """
 
-    max_rows: int = 16
+    max_rows: int = 32
     fuse_one_row: bool = True
 
 

@@ -132,3 +132,31 @@ def test_bytes_are_those_of_its_tensors() -> None:
     tokens, computed, blocks, seeds = 4 * 25 * 4, 4 * 8, 4 * 5 * 4, 4 * 8
     assert table.num_bytes >= tokens + computed + blocks + seeds
     assert make_table(rows=6).num_bytes > table.num_bytes
+
+
+def test_what_a_device_of_its_own_memory_gets_is_what_the_request_brought() -> None:
+    table = make_table()
+    # As where nothing is shared: what is uploaded is all that the device's tensors get.
+    table._shares_memory = False
+    table.host_token_ids = np.zeros((0, table.token_ids.shape[1]), np.int32)
+    table.host_block_table = np.zeros(tuple(table.block_table.shape), np.int32)
+    rng = random.Random(0)
+    for turn in range(20):
+        new = [
+            new_request(
+                f"{turn}-{i}",
+                [rng.randrange(99) for _ in range(rng.randint(1, 12))],
+                block_ids=[rng.randrange(20) for _ in range(rng.randint(0, 2))],
+            )
+            for i in range(rng.randint(1, 2))
+        ]
+        rows = table.add_all(new)
+        table.append_blocks({n.request_id: [7] for n in new})
+        for row, n in zip(rows, new, strict=True):
+            assert table.token_ids[row, : len(n.token_ids)].tolist() == n.token_ids
+            blocks = [*n.block_ids, 7]
+            assert table.block_table[row, : len(blocks)].tolist() == blocks
+            assert table.host_block_table[row, : len(blocks)].tolist() == blocks
+            assert table.seeds[row] == n.seed
+            assert table.num_computed_tokens[row] == n.num_computed_tokens
+            table.remove(n.request_id)

@@ -151,8 +151,8 @@ class ModelRunner:
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
             self.parts.drafter.finish(request_id)
-        for new in plan.new_requests:
-            self.table.add(new)
+        if plan.new_requests:
+            self.table.add_all(plan.new_requests)
         if plan.new_block_ids:
             self.table.append_blocks(plan.new_block_ids)
 

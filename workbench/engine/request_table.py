@@ -8,6 +8,7 @@ and mini-sglang do it).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -94,22 +95,35 @@ class RequestTable:
 
     def add(self, new: NewRequest) -> int:
         """Give a request a row and fill it; returns the row."""
-        row = self._free_rows.pop()
-        self.row_of[new.request_id] = row
-        count = len(new.token_ids)
-        self._write_tokens(row, 0, np.asarray(new.token_ids, np.int32))
-        self.num_computed_tokens[row].fill_(new.num_computed_tokens)
-        self.num_computed_host[row] = new.num_computed_tokens
-        self.seeds[row].fill_(new.seed)
-        self.params[row] = new.sampling
-        self.num_prompt_tokens[row] = new.num_prompt_tokens
-        self.num_tokens[row] = count
-        self.num_blocks[row] = 0
-        self._write_blocks([row], [new.block_ids])
-        p = new.sampling
-        if not p.is_greedy or p.has_penalties or p.logprobs is not None:
-            self._elaborate.add(row)
-        return row
+        return self.add_all([new])[0]
+
+    def add_all(self, new_requests: Sequence[NewRequest]) -> list[int]:
+        """Give requests rows and fill them, in a few writes to the device; returns the rows."""
+        rows = [self._free_rows.pop() for _ in new_requests]
+        tokens = [np.fromiter(n.token_ids, np.int32, len(n.token_ids)) for n in new_requests]
+        for row, new, ids in zip(rows, new_requests, tokens, strict=True):
+            self.row_of[new.request_id] = row
+            self.num_computed_host[row] = new.num_computed_tokens
+            self.params[row] = new.sampling
+            self.num_prompt_tokens[row] = new.num_prompt_tokens
+            self.num_tokens[row] = len(ids)
+            self.num_blocks[row] = 0
+            if len(self.host_token_ids):
+                self.host_token_ids[row, : len(ids)] = ids
+            p = new.sampling
+            if not p.is_greedy or p.has_penalties or p.logprobs is not None:
+                self._elaborate.add(row)
+        if not self._shares_memory:
+            starts = np.array(rows, np.int64) * self.token_ids.shape[1]
+            places = _consecutive(starts, np.array([len(ids) for ids in tokens]))
+            values = upload(np.concatenate(tokens), self.device, torch.int32)
+            self.token_ids.view(-1)[upload(places, self.device)] = values
+        computed = [new.num_computed_tokens for new in new_requests]
+        packed = upload([rows, computed, [new.seed for new in new_requests]], self.device)
+        self.num_computed_tokens[packed[0]] = packed[1]
+        self.seeds[packed[0]] = packed[2]
+        self._write_blocks(rows, [new.block_ids for new in new_requests])
+        return rows
 
     def remove(self, request_id: str) -> None:
         """Free a request's row."""
@@ -126,18 +140,20 @@ class RequestTable:
 
     def _write_blocks(self, rows: list[int], block_ids: Sequence[Sequence[int]]) -> None:
         host, width = self.host_block_table, self.block_table.shape[1]
-        where: list[int] = []
+        starts: list[int] = []
         for row, blocks in zip(rows, block_ids, strict=True):
             column = self.num_blocks[row]
-            for block in blocks:
-                host[row, column] = block
-                where.append(row * width + column)
-                column += 1
-            self.num_blocks[row] = column
-        if where and not self._shares_memory:
-            what = [block for blocks in block_ids for block in blocks]
-            packed = upload([where, what], self.device)
-            self.block_table.view(-1)[packed[0]] = packed[1].to(torch.int32)
+            host[row, column : column + len(blocks)] = blocks
+            starts.append(row * width + column)
+            self.num_blocks[row] = column + len(blocks)
+        counts = np.array([len(blocks) for blocks in block_ids], np.int64)
+        total = int(counts.sum())
+        if total and not self._shares_memory:
+            packed = np.empty((2, total), np.int64)
+            packed[0] = _consecutive(np.array(starts, np.int64), counts)
+            packed[1] = np.fromiter(itertools.chain.from_iterable(block_ids), np.int64, total)
+            places, blocks_there = upload(packed, self.device)
+            self.block_table.view(-1)[places] = blocks_there.to(torch.int32)
 
     def write_drafts(self, row: int, drafts: list[int]) -> None:
         """Put drafts behind a row's last known token."""
@@ -170,3 +186,9 @@ class RequestTable:
             self.host_token_ids[row, first : first + len(tokens)] = tokens
         if not self._shares_memory:
             upload_into(self.token_ids[row, first : first + len(tokens)], tokens)
+
+
+def _consecutive(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``starts[i], starts[i] + 1, …``, ``counts[i]`` numbers of each, one after another."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
