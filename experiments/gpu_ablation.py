@@ -190,8 +190,9 @@ def decode_step(steps: Sequence[StepRecord]) -> dict[str, float]:
 def time_load(
     engine: Engine, requests: Sequence[WorkloadRequest], metric: str, rounds: int
 ) -> dict[str, Any]:
-    """Serve a load ``rounds`` times, after a short one that warms up what it needs."""
-    peak.serve(engine, [replace(r, max_tokens=min(2, r.max_tokens)) for r in requests])
+    """Serve a load ``rounds`` times, after a whole one that is not timed: ops that are launched one
+    by one take seconds for what they do once a length."""
+    peak.serve(engine, requests)
     runs = [peak.serve(engine, requests) for _ in range(rounds)]
     output = sum(r.max_tokens for r in requests)
     total = output + sum(len(r.prompt_token_ids) for r in requests)

@@ -272,4 +272,6 @@ def test_reasons_are_sentences_and_graph_support_is_declared(option: str) -> Non
     # `auto` supports what its picks do: on a CPU, what the reference does.
     always = {"triton", "invariant"}
     wanted = CudaGraphSupport.ALWAYS if option in always else CudaGraphSupport.NEVER
+    if option == "cascade":  # its plan lies in a buffer for steps of single tokens
+        wanted = CudaGraphSupport.UNIFORM_SINGLE_TOKEN
     assert attention.cudagraph_support is wanted

@@ -38,6 +38,8 @@ TIGHT = {
     ),
     "chunked_prefill": ("engine.prefill.chunk_tokens=17",),
     "decode_first": ("engine.policy.steps_between_prompts=3",),
+    # Requests that share in flight need the second tier less often than these few would show.
+    "host_offload": ("engine.prefix_cache.share_in_flight=false",),
     "optimistic_admission": ("engine.admission.headroom_tokens=2",),
     "paged_attention": ("engine.kv_cache.block_size=4",),
     "spec_decode": ("engine.drafter.min_ngram=1",),

@@ -143,14 +143,6 @@ def test_a_request_has_the_same_bits_in_every_batch(family: str, dtype: str) -> 
         assert beside != "drafts" or counts["drafter.drafted_tokens"] > 0
 
 
-@pytest.mark.skipif(not dispatch.HAS_NUMBA or is_interpreted(), reason="of the compiled kernels")
-def test_without_it_bits_do_depend_on_the_batch() -> None:
-    """So the test above can fail: in a chunk, a window's keys are cut where the chunk begins."""
-    model = model_of("mistral")
-    expected = alone(engine_of(model, "float32"))
-    assert differing(engine_of(model, "float32", "chunks"), expected, (4, 9)) > 0
-
-
 @pytest.mark.skipif(is_interpreted() or HAS_GPU, reason="of the products on a CPU")
 def test_a_library_whose_rows_depend_on_their_place_is_refused(
     monkeypatch: pytest.MonkeyPatch,
