@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from techniques.torch_compile import CompiledOps
+from tests.helpers.gpu_checks import run_as_program, run_under_pytest
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits, build_engine
 from workbench.configuration import compose_config, engine_config
@@ -119,28 +120,8 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def test_compiled_ops_on_a_cuda_device() -> None:
-    import pytest
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    for check in CHECKS.values():
-        check()
+    run_under_pytest(CHECKS)
 
 
 if __name__ == "__main__":
-    import time
-    import traceback
-
-    failed = []
-    for name, check in CHECKS.items():
-        began = time.perf_counter()
-        try:
-            check()
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-        print(
-            f"{name}: {'FAILED' if name in failed else 'ok'} ({time.perf_counter() - began:.1f} s)",
-            flush=True,
-        )
-    raise SystemExit(bool(failed))
+    raise SystemExit(run_as_program(CHECKS))
