@@ -17,6 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.triton import has_dependent_launch, num_multiprocessors
 from kernels.triton.launch import Launcher, dependent_options, planned
 
+#: Names of the gates.
+ACTIVATIONS = ("silu", "gelu_tanh")
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
 #: Columns a program: 8 values a thread, in one warp where rows are few, else in four.

@@ -22,10 +22,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.norm import RowNorm
 from kernels.triton import has_dependent_launch, num_multiprocessors
-from kernels.triton.activation import gate
+from kernels.triton.activation import ACTIVATIONS, gate
 
 MAX_NORMED = 16384
-ACTIVATIONS = ("silu", "gelu_tanh")
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 
 

@@ -26,6 +26,10 @@ from kernels.triton.prefill_kernel import prefill_kernel
 
 # KV that the pairs of requests and KV heads running at a time may read over and over from L2.
 _L2_BYTES = 8 << 20
+# Rows of a request from which tiles of 256 pay: the first and the last turns of a long walk, in
+# which nothing else runs on a multiprocessor, weigh little. Two programs that share one look up
+# their blocks twice, which large blocks make cheap.
+_MANY_ROWS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +206,7 @@ def choose_tiles(q: Tensor, k_cache: Tensor, num_requests: int, max_query_len: i
     """
     group, dim = q.shape[1] // k_cache.shape[2], q.shape[2]
     rows = max(16, triton.next_power_of_2(max_query_len * group))
+    is_long = rows >= _MANY_ROWS and k_cache.shape[1] < 64
     if q.dtype == torch.float32:
         wide = PrefillTiles(32, 32, 4, 2) if dim > 64 else PrefillTiles(64, 32, 4, 2)
     elif dim > 128:
@@ -210,7 +215,7 @@ def choose_tiles(q: Tensor, k_cache: Tensor, num_requests: int, max_query_len: i
         wide = PrefillTiles(128, 32, 8, 2)
     elif dim <= 64:
         wide = PrefillTiles(128, 64, 8, 3)
-    elif rows >= 256 and _fills_wide_programs(q, group, num_requests):
+    elif is_long and _fills_wide_programs(q, group, num_requests):
         wide = PrefillTiles(256, 64, 16, 2)
     else:
         wide = PrefillTiles(128, 64, 8, 2, max_registers=128)
@@ -306,6 +311,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
     fp8 = torch.float8_e4m3fn
     return {
         "bf16, D 128, page 16": call(),
+        "bf16, D 128, page 16, long": call(max_query_len=4096),
         "bf16, D 128, page 64": call(block_size=64),
         "fp16, D 64, page 1, window": call(torch.float16, dim=64, block_size=1, sliding_window=99),
         "fp32, D 128": call(torch.float32),

@@ -31,6 +31,7 @@ from kernels.triton import (
     is_interpreted,
     num_multiprocessors,
 )
+from kernels.triton.activation import ACTIVATIONS, gate
 
 MAX_ROWS = 64
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
@@ -84,13 +85,19 @@ def skinny_gemm_kernel(
     STAGES: tl.constexpr,
     PREFETCHED: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    """Grid: (programs). Blocks are counted along K first, then from tile to tile."""
+    """Grid: (programs). Blocks are counted along K first, then from tile to tile.
+
+    With an activation, a tile is as many rows of the gate as of what it multiplies.
+    """
+    IS_GATED: tl.constexpr = ACTIVATION != "none"
+    WIDTH: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N  # columns of the output
     program = tl.program_id(0)
     blocks = tl.cdiv(in_features, BLOCK_K)  # of a tile
-    total = tl.cdiv(out_features, BLOCK_N) * blocks
+    total = tl.cdiv(out_features, WIDTH) * blocks
     share = total // tl.num_programs(0)
     extra = total % tl.num_programs(0)  # programs with one block more, the first ones
     block = program * share + tl.minimum(program, extra)
@@ -103,7 +110,8 @@ def skinny_gemm_kernel(
         gdc_launch_dependents()
         if PREFETCHED > 0:
             _prefetch(
-                weight, weight_stride, block // blocks * BLOCK_N + row, out_features,
+                weight, weight_stride,
+                _sources(block // blocks, out_features, BLOCK_N, IS_GATED),
                 block % blocks * BLOCK_K,
                 tl.minimum(block % blocks + last_block - block, blocks) * BLOCK_K,
                 PREFETCHED * BLOCK_K,
@@ -113,10 +121,8 @@ def skinny_gemm_kernel(
         tile = block // blocks
         first = block - tile * blocks
         count = tl.minimum(blocks - first, last_block - block)
-        feature = tile * BLOCK_N + row
-        # Rows beyond the end are read as the last one, and not written.
-        source = tl.minimum(feature, out_features - 1).to(tl.int64) * weight_stride
-        places = (weight + source)[:, None] + column[None, :]
+        source = _sources(tile, out_features, BLOCK_N, IS_GATED)
+        places = (weight + source.to(tl.int64) * weight_stride)[:, None] + column[None, :]
         x_places = x + token[:, None] * x_stride + column[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         for k in tl.range(first, first + count, num_stages=STAGES):
@@ -133,7 +139,7 @@ def skinny_gemm_kernel(
                 values = values.to(tl.float32)
             acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
         if count == blocks:
-            _store(out, acc, bias, feature, token, is_token, out_features)
+            _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION)
         else:
             # A program has two places: for the tile it begins within, and for one it begins.
             place = program * 2 + (first == 0).to(tl.int32)
@@ -155,7 +161,7 @@ def skinny_gemm_kernel(
                             other=0.0,
                             cache_modifier=".cg",
                         )
-                _store(out, merged, bias, feature, token, is_token, out_features)
+                _store(out, merged, bias, source, tile, token, is_token, out_features, ACTIVATION)
         block += count
 
 
@@ -169,23 +175,44 @@ def _owner(block, share, extra):
 
 
 @triton.jit
-def _store(out, acc, bias, feature, token, is_token, out_features):
-    is_feature = feature < out_features
-    if bias is not None:
-        acc += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[:, None]
-    places = out + token[None, :] * out_features + feature[:, None]
-    tl.store(places, acc.to(out.dtype.element_ty), mask=is_feature[:, None] & is_token[None, :])
+def _sources(tile, out_features, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
+    """Rows of the weight that a tile reads: rows of the gate, then those that they gate.
+
+    Beyond the end they are read as the last one, and not written.
+    """
+    row = tl.arange(0, BLOCK_N)
+    if IS_GATED:
+        WIDTH: tl.constexpr = BLOCK_N // 2
+        feature = tl.minimum(tile * WIDTH + row % WIDTH, out_features - 1)
+        return feature + row // WIDTH * out_features
+    return tl.minimum(tile * BLOCK_N + row, out_features - 1)
 
 
 @triton.jit
-def _prefetch(weight, weight_stride, feature, out_features, first, stop, COLUMNS: tl.constexpr):
+def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION: tl.constexpr):
+    if bias is not None:
+        acc += tl.load(bias + source).to(tl.float32)[:, None]
+    dtype: tl.constexpr = out.dtype.element_ty
+    if ACTIVATION != "none":
+        # Rounded as between a product and an activation of its own.
+        halves = tl.reshape(acc, [2, acc.shape[0] // 2, acc.shape[1]]).to(dtype).to(tl.float32)
+        gates, up = tl.split(tl.permute(halves, [1, 2, 0]))
+        acc = gate(gates, ACTIVATION == "gelu_tanh").to(dtype).to(tl.float32) * up
+    feature = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
+    places = out + token[None, :] * out_features + feature[:, None]
+    mask = (feature < out_features)[:, None] & is_token[None, :]
+    tl.store(places, acc.to(dtype), mask=mask)
+
+
+@triton.jit
+def _prefetch(weight, weight_stride, source, first, stop, COLUMNS: tl.constexpr):
     """Ask the L2 cache for columns from ``first`` on, ``COLUMNS`` and none from ``stop`` on.
 
     It is a hint that waits for nothing, and takes nothing from what the L2 cache knows to be new.
     """
     column = first + tl.arange(0, COLUMNS // _PIECE) * _PIECE
-    row = tl.minimum(feature, out_features - 1).to(tl.int64) * weight_stride
-    place = (weight + row)[:, None] + tl.minimum(column, stop - _PIECE)[None, :]
+    column = tl.minimum(column, stop - _PIECE)
+    place = (weight + source.to(tl.int64) * weight_stride)[:, None] + column[None, :]
     SIZE: tl.constexpr = _PIECE * weight.dtype.element_ty.primitive_bitwidth // 8
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; cp.async.bulk.prefetch.L2.global [$1], $2;",
@@ -202,10 +229,11 @@ def skinny_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str | None = None,
     tiling: SkinnyTiling | None = None,
     is_dependent: bool | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` for few rows.
+    """``x @ weight.T + bias`` for few rows, or that activation of its first half times the second.
 
     Parameters
     ----------
@@ -214,6 +242,8 @@ def skinny_linear(
     weight : Tensor [N, K]
         In the dtype of ``x``, its rows contiguous.
     bias : Tensor [N] or None
+    activation : str or None
+        ``silu`` or ``gelu_tanh``: ``N = 2 F``, the rows of the gate first.
     tiling : SkinnyTiling or None
         None: :func:`choose_tiling`.
     is_dependent : bool or None
@@ -221,8 +251,8 @@ def skinny_linear(
 
     Returns
     -------
-    Tensor [T, N]
-        Sums are fp32, rounded once.
+    Tensor [T, N], [T, F] with an activation
+        Sums are fp32, rounded once, and then as :mod:`kernels.activation` rounds.
 
     Notes
     -----
@@ -230,7 +260,10 @@ def skinny_linear(
     one another on one stream.
     """
     num_tokens, in_features = x.shape
-    out_features = weight.shape[0]
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
+    rows = weight.shape[0]
+    out_features = rows if activation is None else rows // 2
     if num_tokens > MAX_ROWS:
         raise ValueError(f"{num_tokens} rows: this kernel takes up to {MAX_ROWS}")
     assert weight.shape[1] == in_features and weight.dtype == x.dtype
@@ -241,10 +274,12 @@ def skinny_linear(
     if out.numel() == 0:
         return out
     if in_features == 0:
+        assert activation is None
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     if tiling is None:
-        tiling = choose_tiling(out_features, in_features, num_tokens, x.dtype, x.device)
-    tiles = triton.cdiv(out_features, tiling.block_n)
+        tiling = choose_tiling(rows, in_features, num_tokens, x.dtype, x.device)
+    width = tiling.block_n if activation is None else tiling.block_n // 2
+    tiles = triton.cdiv(out_features, width)
     num_programs = tiles
     if tiling.programs:
         blocks = tiles * triton.cdiv(in_features, tiling.block_k)
@@ -277,6 +312,7 @@ def skinny_linear(
         STAGES=tiling.num_stages,
         PREFETCHED=tiling.prefetched if can_prefetch else 0,
         IS_EVEN=in_features % tiling.block_k == 0,
+        ACTIVATION=activation or "none",
         IS_INTERPRETED=is_interpreted(),
         IS_DEPENDENT=is_dependent,
         num_warps=tiling.num_warps,
@@ -348,12 +384,13 @@ def example_launches() -> dict[str, Callable[[], object]]:
         tiling: SkinnyTiling | None = None,
         *,
         has_bias: bool = False,
+        activation: str | None = None,
     ) -> Callable[[], object]:
         def run() -> object:
             x = torch.empty(num_tokens, in_features, dtype=dtype)
             weight = torch.empty(out_features, in_features, dtype=dtype)
             bias = torch.empty(out_features, dtype=dtype) if has_bias else None
-            return skinny_linear(x, weight, bias, tiling=tiling)
+            return skinny_linear(x, weight, bias, activation=activation, tiling=tiling)
 
         return run
 
@@ -365,5 +402,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "bf16, 1 x 100 x 1024": call(half, 1, 100, 1024),
         "bf16, 16 x 512 x 2048, shared out": call(half, 16, 512, 2048),
         "bf16, 17 x 4096 x 1024": call(half, 17, 4096, 1024),
+        "bf16, 32 x 28672 x 4096, silu": call(half, 32, 28672, 4096, activation="silu"),
+        "fp16, 2 x 200 x 512, gelu": call(torch.float16, 2, 200, 512, activation="gelu_tanh"),
         "fp32, 2 x 100 x 128": call(torch.float32, 2, 100, 128),
     }

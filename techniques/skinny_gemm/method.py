@@ -25,10 +25,13 @@ class SkinnyLinearConfig:
         Most rows that the kernel takes; products of more are dense. In fp32 it takes one at most.
     fuse_one_row
         Whether a step of one token has its norms, activations and additions in its products.
+    gate_rows
+        Whether products of more rows multiply gate and up where they come out.
     """
 
     max_rows: int = 32
     fuse_one_row: bool = True
+    gate_rows: bool = True
 
 
 class SkinnyLinear(DenseLinear):
@@ -43,6 +46,7 @@ class SkinnyLinear(DenseLinear):
             raise ConfigError(
                 f"engine.linear.max_rows={self.config.max_rows} must be from 1 to {_MOST_ROWS}."
             )
+        self._is_exact_only = False  # until a layer is known
         self.reset_counters()
 
     def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
@@ -50,10 +54,14 @@ class SkinnyLinear(DenseLinear):
         out_features, in_features = weight.shape
         layer.state = PackedLinear(in_features, out_features, weight, bias, is_packed=False)
 
-    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        self._is_exact_only = weight.dtype == torch.float32
+
+    def _takes(self, num_rows: int) -> bool:
         # Tensor cores would round values of fp32, and without them more rows take longer.
-        most = 1 if x.dtype == torch.float32 else self.config.max_rows
-        if x.shape[0] > most:
+        return num_rows <= (1 if self._is_exact_only else self.config.max_rows)
+
+    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        if not self._takes(x.shape[0]):
             self._dense += 1
             return super().apply(layer, x)
         self._skinny += 1
@@ -65,6 +73,15 @@ class SkinnyLinear(DenseLinear):
         from kernels.triton.skinny_gemm import skinny_linear
 
         return skinny_linear(x, weight, bias)
+
+    def gates(self, num_tokens: int) -> bool:
+        return self.config.gate_rows and num_tokens > 1 and self._takes(num_tokens)
+
+    def apply_gated(self, layer: LinearLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
+        from kernels.triton.skinny_gemm import skinny_linear
+
+        self._fused += 1
+        return skinny_linear(x, layer.state.weight, layer.state.bias, activation=activation)
 
     def fuses(self, num_tokens: int) -> bool:
         return num_tokens == 1 and self.config.fuse_one_row

@@ -125,6 +125,28 @@ def test_every_cut_gives_the_same(
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("inner", "in_features"), [(50, 96), (64, 400)])
+def test_gates_what_it_multiplies(kind: str, activation: str, inner: int, in_features: int) -> None:
+    from kernels.triton import activation as activations
+    from kernels.triton.skinny_gemm import skinny_linear
+
+    weight, bias = values(2 * inner, in_features, seed=1), values(2 * inner, seed=2)
+    for num_tokens, tiling in ((2, tilings()[kind]), (17, None)):
+        x = strided(values(num_tokens, in_features)).mul_(in_features**-0.5)
+        halves = skinny_linear(x, weight, bias, tiling=tiling)
+        expected = getattr(activations, f"{activation}_and_mul")(halves).double()
+        out = skinny_linear(x, weight, bias, activation=activation, tiling=tiling)
+        assert out.shape == (num_tokens, inner) and out.is_contiguous()
+        # Pieces may be cut elsewhere: a sum may be rounded to the number beside, twice.
+        bound = 4 * torch.finfo(out.dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound / 4)
+        again = skinny_linear(x, weight, bias, activation=activation, tiling=tiling)
+        assert torch.equal(again, out), "two launches differ"
+
+
+@needs_kernels
 def test_a_row_is_the_same_alone_and_among_others() -> None:
     weight, x = values(100, 400, seed=1), values(16, 400)
     together = check(x, weight)
@@ -176,3 +198,5 @@ def test_what_it_does_not_take_is_refused() -> None:
 
     with pytest.raises(ValueError, match="up to 64"):
         skinny_linear(values(65, 96), values(50, 96))
+    with pytest.raises(ValueError, match="'relu' must be one of silu, gelu_tanh"):
+        skinny_linear(values(2, 96), values(50, 96), activation="relu")

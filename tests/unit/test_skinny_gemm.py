@@ -45,6 +45,28 @@ def test_tokens_are_those_of_the_engine_without_it(family: str, is_fused: bool) 
     assert (counts["linear.fused_calls"] > 0) == is_fused
 
 
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_gate_and_up_are_multiplied_where_they_come_out(family: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = (f"engine/platform={device}", "engine/scheduler=continuous", "dtype=bfloat16")
+    prompts = mixed_prompts(3, longest=8)
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    tokens, fused = [], []
+    for gated in ("true", "false"):
+        engine = tiny_engine(
+            *options,
+            f"engine.linear.gate_rows={gated}",
+            "engine.linear.fuse_one_row=false",
+            model=tiny_model(family),
+            techniques=["skinny_gemm"],
+        )
+        tokens.append([o.outputs[0].token_ids for o in engine.generate(prompts, sampling)])
+        fused.append(engine.counters()["linear.fused_calls"])
+    assert tokens[0] == tokens[1]
+    assert fused[0] > 0 and fused[1] == 0
+
+
 def test_reasons_name_the_device_and_the_dtype() -> None:
     reasons = SkinnyLinear().unsupported_reasons(torch.device("cpu"), torch.float64)
     text = "; ".join(reasons)

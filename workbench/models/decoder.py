@@ -20,6 +20,7 @@ from workbench.slots.ops import DispatchedOps, Ops
 from workbench.slots.parallel import Parallel, SingleDevice
 
 ApplyLinear = Callable[[LinearLayer, torch.Tensor], torch.Tensor]
+ApplyGated = Callable[[LinearLayer, torch.Tensor, str], torch.Tensor]
 
 #: By the name that configs have for it, its own name, and the method of :class:`Ops`.
 _ACTIVATIONS = {
@@ -95,13 +96,19 @@ class DecoderLayer:
         residual: torch.Tensor,
         context: ForwardContext,
         apply: ApplyLinear,
+        apply_gated: ApplyGated | None = None,
     ) -> torch.Tensor:
         """Run the layer on normed ``x[T, H]``; what comes back is still to be added to
-        ``residual[T, H]``, to which attention's output has been added in place."""
+        ``residual[T, H]``, to which attention's output has been added in place.
+
+        With ``apply_gated``, the gated activation is taken where gate and up come out."""
         x = self._attend(apply(self.qkv_proj, x), context)
         x = self.all_reduce(apply(self.o_proj, x), "tp")
         x = self.add_attention(x, residual)
-        x = self.activation(apply(self.gate_up_proj, x))
+        if apply_gated is None:
+            x = self.activation(apply(self.gate_up_proj, x))
+        else:
+            x = apply_gated(self.gate_up_proj, x, self.activation_name)
         return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
 
     def forward_fused(
@@ -241,13 +248,17 @@ class Decoder:
             for layer in self.layers:
                 layer.forward_fused(residual, context, self.linear)
             return residual
-        apply = self._apply_adapted if self.adapters.active else self.linear.apply
+        apply: ApplyLinear = self.linear.apply
+        apply_gated = self.linear.apply_gated if self.linear.gates(len(residual)) else None
+        if self.adapters.active:  # they add to a product before anything else is done with it
+            apply, apply_gated = self._apply_adapted, None
         eps, offset = self.spec.norm_eps, self.spec.norm_offset
         x = self.ops.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
-            x = layer.forward(x, residual, context, apply)
+            x = layer.forward(x, residual, context, apply, apply_gated)
             x = self.ops.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
-        return residual.add_(self.layers[-1].forward(x, residual, context, apply))
+        last = self.layers[-1].forward(x, residual, context, apply, apply_gated)
+        return residual.add_(last)
 
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm of ``hidden[L, H]``, as :meth:`forward` returns it; ``[L, H]``."""

@@ -63,9 +63,19 @@ class LinearMethod(Component):
 
     # -- products with their neighbours -----------------------------------------------------------
 
+    def gates(self, num_tokens: int) -> bool:
+        """Whether a product of so many rows multiplies its own halves; only then is
+        :meth:`apply_gated` called."""
+        return False
+
+    def apply_gated(self, layer: LinearLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """``apply`` of ``x[T, in_features]``, of which the activation (``silu``, ``gelu_tanh``) of
+        the first half times the second half: ``[T, out_features / 2]``."""
+        raise NotImplementedError
+
     def fuses(self, num_tokens: int) -> bool:
         """Whether the products of a step of so many tokens take the norm in front of them and what
-        follows them into their own launches; only then are the three methods below called."""
+        follows them into their own launches; only then are the two methods below called."""
         return False
 
     def apply_normed(
