@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels import RowNorm
-from kernels.linear import PackedLinear
+from kernels.cublaslt import unavailable_reasons
 from techniques.fused_kernels.ops import unsupported_reasons
+from techniques.tuned_gemm import TunedLinear
 from workbench.core.errors import ConfigError
-from workbench.slots.linear import DenseLinear, LinearLayer
+from workbench.slots.linear import LinearLayer
 
 _MOST_ROWS = 64  # of the kernel
 
@@ -27,14 +28,17 @@ class SkinnyLinearConfig:
         Whether a step of one token has its norms, activations and additions in its products.
     gate_rows
         Whether products of more rows multiply gate and up where they come out.
+    tune_dense
+        Whether products of more rows than the kernel takes are those of ``tuned_gemm``.
     """
 
     max_rows: int = 32
     fuse_one_row: bool = True
     gate_rows: bool = True
+    tune_dense: bool = False
 
 
-class SkinnyLinear(DenseLinear):
+class SkinnyLinear(TunedLinear):
     """Weights in the model's dtype; products of few rows by ``kernels.triton.skinny_gemm``."""
 
     Config = SkinnyLinearConfig
@@ -50,11 +54,8 @@ class SkinnyLinear(DenseLinear):
         self.reset_counters()
 
     def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
-        weight, bias = layer.params.pop("weight"), layer.params.pop("bias", None)
-        out_features, in_features = weight.shape
-        layer.state = PackedLinear(in_features, out_features, weight, bias, is_packed=False)
-
-        self._is_exact_only = weight.dtype == torch.float32
+        super().process_weights_after_loading(layer, expected_tokens)
+        self._is_exact_only = layer.state.weight.dtype == torch.float32
 
     def _takes(self, num_rows: int) -> bool:
         # Tensor cores would round values of fp32, and without them more rows take longer.
@@ -62,7 +63,6 @@ class SkinnyLinear(DenseLinear):
 
     def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
         if not self._takes(x.shape[0]):
-            self._dense += 1
             return super().apply(layer, x)
         self._skinny += 1
         weight, bias = layer.state.weight, layer.state.bias
@@ -73,6 +73,9 @@ class SkinnyLinear(DenseLinear):
         from kernels.triton.skinny_gemm import skinny_linear
 
         return skinny_linear(x, weight, bias)
+
+    def tuned(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor | None:
+        return super().tuned(layer, x) if self.config.tune_dense else None
 
     def gates(self, num_tokens: int) -> bool:
         return self.config.gate_rows and num_tokens > 1 and self._takes(num_tokens)
@@ -101,14 +104,15 @@ class SkinnyLinear(DenseLinear):
         gemv(x, layer.state.weight, layer.state.bias, residual=residual)
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
-        return unsupported_reasons(device, dtype)
+        reasons = unsupported_reasons(device, dtype)
+        return reasons + (unavailable_reasons(device) if self.config.tune_dense else [])
 
     def counters(self) -> dict[str, float]:
-        return {
+        return super().counters() | {
             "skinny_calls": self._skinny + self._fused,
             "fused_calls": self._fused,
-            "dense_calls": self._dense,
         }
 
     def reset_counters(self) -> None:
-        self._skinny = self._fused = self._dense = 0
+        super().reset_counters()
+        self._skinny = self._fused = 0

@@ -71,6 +71,7 @@ NEEDS_A_GPU = {
     "fused_kernels",
     "skinny_gemm",
     "triton_attention",
+    "tuned_gemm",
 }
 #: What a machine without a C++ compiler may leave out.
 NEEDS_A_COMPILER = {"torch_compile"}
