@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.gpu_attention import DEVICE, L2_BYTES, machine, relative_error, time_graph
+from kernels.norm import RowNorm
 from kernels.triton.activation import silu_and_mul
-from kernels.triton.norm import add_rms_norm_
+from kernels.triton.norm import add_rms_norm_, rms_norm
 from kernels.triton.skinny_gemm import SkinnyTiling, choose_tiling, skinny_linear
 
 DTYPE = torch.bfloat16
@@ -276,7 +277,13 @@ def run_layer(
     residual: Tensor,
     has_rest: bool,
 ) -> Tensor:
-    """A layer without its attention: the queries stand for what it returns."""
+    """A layer without its attention: the queries stand for what it returns.
+
+    ``hidden`` is the norm of ``residual``. Returns the residual where norms are run, else what the
+    last product gives.
+    """
+    if "fused" in products:
+        return run_fused_layer(products["fused"], weights, norm, residual)
     width = weights["o"].shape[1]
     x = products["qkv"](hidden, weights["qkv"])[:, :width]
     x = products["o"](x, weights["o"])
@@ -285,7 +292,21 @@ def run_layer(
     x = products["gate_up"](x, weights["gate_up"])
     x = silu_and_mul(x) if has_rest else x[:, : x.shape[1] // 2]
     x = products["down"](x, weights["down"])
-    return add_rms_norm_(x, residual, norm, EPS) if has_rest else x
+    if not has_rest:
+        return x
+    add_rms_norm_(x, residual, norm, EPS)
+    return residual
+
+
+def run_fused_layer(
+    product: Callable[..., Tensor], weights: dict[str, Tensor], norm: Tensor, residual: Tensor
+) -> Tensor:
+    """The same, with the norms, the gate and the additions within the products."""
+    of_row, width = RowNorm(norm, EPS), weights["o"].shape[1]
+    x = product(residual, weights["qkv"], norm=of_row)[:, :width]
+    product(x, weights["o"], residual=residual)
+    x = product(residual, weights["gate_up"], norm=of_row, activation="silu")
+    return product(x, weights["down"], residual=residual)
 
 
 def last_of_graph(calls: Sequence[Callable[[], Tensor]]) -> Tensor:
@@ -310,7 +331,8 @@ def chain(model: str, rows: Sequence[int], best: Best, report: Report, replays: 
     width = shapes["qkv"][1]
     norm = torch.ones(width, dtype=DTYPE, device=DEVICE)
     for count in rows:
-        hidden = torch.randn(count, width, device=DEVICE).to(DTYPE)
+        raw = torch.randn(count, width, device=DEVICE).to(DTYPE)
+        hidden = rms_norm(raw, norm, EPS)
         tilings = {name: pick(best, f"{model} {name}", count) for name in shapes}
         kinds: dict[str, dict[str, Callable[..., Tensor]]]
         kinds = {"cublas": dict.fromkeys(shapes, F.linear)}
@@ -318,14 +340,15 @@ def chain(model: str, rows: Sequence[int], best: Best, report: Report, replays: 
             kinds[name] = {n: ours(t, is_dependent=flag) for n, t in tilings.items()}
         for has_rest in (False, True):
             row, truth = [], None
+            if has_rest:
+                kinds["fused"] = {"fused": skinny_linear}
             for kind, products in kinds.items():
-                residual = torch.zeros_like(hidden)
+                residual = raw.clone()
                 call = partial(run_layer, products, norm=norm, has_rest=has_rest)
                 out = call(weights=layers[0], hidden=hidden, residual=residual)
                 truth = out if truth is None else truth
                 calls = [
-                    partial(call, weights=w, hidden=hidden, residual=torch.zeros_like(hidden))
-                    for w in layers
+                    partial(call, weights=w, hidden=hidden, residual=raw.clone()) for w in layers
                 ]
                 error = max(relative_error(o, truth) for o in (out, last_of_graph(calls[::-1])))
                 record: dict[str, Any] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ _WORKSPACE_BYTES = 32 << 20
 _FLUSHED_BYTES = 128 << 20  # more than any L2 cache
 _MOST_ALGORITHMS = 16
 _REPEATS = 5
+_STEP = 32  # few rows whose algorithms are all timed are multiples of it
 #: What another algorithm must gain on the library's first choice to be taken.
 _LEAST_GAIN = 0.02
 #: Kept for ever, since a captured graph may hold it; launches of one device share it.
@@ -108,6 +109,7 @@ class TunedProducts:
     """
 
     def __init__(self, device: torch.device, few_rows: int = 256, many_rows: int = 1024) -> None:
+        assert few_rows % _STEP == 0
         self._library = _load()
         self._few_rows, self._many_rows = few_rows, many_rows
         self._handle, self._product = _Pointer(), _Pointer()
@@ -156,7 +158,7 @@ class TunedProducts:
         if found is None:
             if torch.cuda.is_current_stream_capturing():
                 return None
-            found = self.tuned[key] = self._tune(x, weight)
+            found = self._tune(key, weight, x.dtype)
         if found.algorithm is None:
             return None
         out = torch.empty(num_rows, weight.shape[0], dtype=x.dtype, device=x.device)
@@ -183,38 +185,67 @@ class TunedProducts:
         )  # fmt: skip
         return status
 
-    def _tune(self, x: Tensor, weight: Tensor) -> Tuned:
-        """Time what the library proposes, one after the other and several times over."""
-        (num_rows, in_features), out_features = x.shape, weight.shape[0]
+    def _tune(self, key: tuple[int, ...], weight: Tensor, dtype: torch.dtype) -> Tuned:
+        """Time what the library proposes, one after the other and several times over.
+
+        Of rows between multiples of 32, its own choice and what won at the next multiple.
+        """
+        num_rows, out_features, in_features, stride, *_ = key
         # Its matrices are stored by columns: ours are theirs transposed.
         layouts = (
-            self._layout(x.dtype, in_features, out_features, weight.stride(0)),
-            self._layout(x.dtype, in_features, num_rows, x.stride(0)),
-            self._layout(x.dtype, out_features, num_rows, out_features),
+            self._layout(dtype, in_features, out_features, weight.stride(0)),
+            self._layout(dtype, in_features, num_rows, stride),
+            self._layout(dtype, out_features, num_rows, out_features),
         )
         algorithms = self._propose(layouts)
-        out = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
-        # Held for one shape only; on the stream's own time, so that nothing has to be waited for.
+        above = -(-num_rows // _STEP) * _STEP
+        if num_rows < above <= self._few_rows:
+            near = (above, *key[1:])
+            winner = (self.tuned.get(near) or self._tune(near, weight, dtype)).algorithm
+            algorithms = [*algorithms[:1], *([] if winner is None else [winner])]
+        # What the caller's rows hold does not matter, but zeros would take less power.
+        x = torch.empty(num_rows, stride, dtype=dtype, device=weight.device).normal_()
+        out = torch.empty(num_rows, out_features, dtype=dtype, device=weight.device)
+        times = self._time(algorithms, layouts, x, weight, out)
+        found = Tuned(None, layouts, 0.0, 0.0)
+        if times:
+            usable = sorted(times, key=lambda place: times[place])
+            first, best = times.get(0, times[usable[0]]), times[usable[0]]
+            is_better = usable[0] != 0 and best <= (1 - _LEAST_GAIN) * first
+            algorithm = algorithms[usable[0]] if is_better else None
+            found = Tuned(algorithm, layouts, first, best if is_better else first)
+        self.tuned[key] = found
+        return found
+
+    def _time(
+        self,
+        algorithms: Sequence[_Algorithm],
+        layouts: tuple[Any, ...],
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+    ) -> dict[int, float]:
+        """Median microseconds of those that the library takes, by their places."""
+        usable = [
+            place
+            for place, algorithm in enumerate(algorithms)
+            if self._run(algorithm, layouts, x, weight, out) == 0
+        ]
         flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=x.device)
         make_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
-        usable = [a for a in algorithms if self._run(a, layouts, x, weight, out) == 0]
-        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in usable]
-        for _ in range(_REPEATS):
-            for place, algorithm in enumerate(usable):
-                flushed.zero_()
-                begin, end = (make_event(enable_timing=True) for _ in "ab")
-                begin.record()
-                self._run(algorithm, layouts, x, weight, out)
-                end.record()
-                events[place].append((begin, end))
+        events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        for place in usable * _REPEATS:  # in turn, so that all meet the same clock
+            flushed.zero_()
+            begin, end = (make_event(enable_timing=True) for _ in "ab")
+            begin.record()
+            self._run(algorithms[place], layouts, x, weight, out)
+            end.record()
+            events.setdefault(place, []).append((begin, end))
         torch.cuda.current_stream(x.device).synchronize()
-        times = [statistics.median(b.elapsed_time(e) * 1e3 for b, e in pairs) for pairs in events]
-        if not times:
-            return Tuned(None, layouts, 0.0, 0.0)
-        best = min(range(len(times)), key=times.__getitem__)
-        if best == 0 or times[best] > (1 - _LEAST_GAIN) * times[0]:
-            return Tuned(None, layouts, times[0], times[0])
-        return Tuned(usable[best], layouts, times[0], times[best])
+        return {
+            place: statistics.median(b.elapsed_time(e) * 1e3 for b, e in pairs)
+            for place, pairs in events.items()
+        }
 
     def _layout(self, dtype: torch.dtype, rows: int, columns: int, stride: int) -> Any:
         layout = _Pointer()

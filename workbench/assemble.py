@@ -27,7 +27,7 @@ from workbench.components import (
     load_class,
 )
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
-from workbench.core.memory import DeviceMemory
+from workbench.core.memory import DeviceMemory, frozen_heap
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool, most_staging_bytes
@@ -105,6 +105,7 @@ class EngineConfig:
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
+@frozen_heap()
 def build_engine(config: EngineConfig) -> Engine:
     """Assemble an engine.
 

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.norm import RowNorm
 from kernels.triton import has_dependent_launch, num_multiprocessors
 from kernels.triton.activation import ACTIVATIONS, gate
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 MAX_NORMED = 16384
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
@@ -231,38 +232,59 @@ def gemv(
     if norm is not None and in_features > MAX_NORMED:
         raise ValueError(f"a norm of {in_features} values: this kernel takes up to {MAX_NORMED}")
     rows = weight.shape[0]
-    out_features = rows if activation is None else rows // 2
-    assert in_features > 0 and weight.shape[1] == in_features and weight.dtype == x.dtype
-    assert weight.stride(1) == 1 and x.stride(1) == 1
-    assert residual is None or (residual.shape == (1, rows) and residual.stride(1) == 1)
-    assert norm is None or (norm.weight.shape == (in_features,) and norm.weight.stride(0) == 1)
+    assert in_features > 0
     if residual is not None:
         out = residual
     else:
+        out_features = rows if activation is None else rows // 2
         out = torch.empty(1, out_features, dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return out
+    if rows:
+        tensors = (out, x, weight, bias, residual, None if norm is None else norm.weight)
+        eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
+        is_aligned = weight.data_ptr() % 16 == 0
+        _gemv(tensors, eps, offset, activation or "none", is_aligned, tiling, is_dependent)
+    return out
+
+
+@planned
+def _gemv(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    activation: str,
+    is_aligned: bool,
+    tiling: GemvTiling | None,
+    is_dependent: bool | None,
+) -> Launcher:
+    (rows, in_features), out_features = weight.shape, out.shape[1]
+    assert x.shape[1] == in_features and weight.dtype == x.dtype
+    assert weight.stride(1) == 1 and x.stride(1) == 1
+    assert residual is None or (residual.shape == (1, rows) and residual.stride(1) == 1)
+    assert norm_weight is None or (
+        norm_weight.shape == (in_features,) and norm_weight.stride(0) == 1
+    )
     if tiling is None:
         tiling = choose_tiling(rows, in_features, x.dtype, x.device)
-    block_n = tiling.block_n if activation is None else tiling.block_n // 2
+    block_n = tiling.block_n if activation == "none" else tiling.block_n // 2
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
     can_prefetch = (
         in_features % int(_PIECE.value) == 0
         and weight.stride(0) % 16 == 0
-        and weight.data_ptr() % 16 == 0
+        and is_aligned
         and tiling.block_k % int(_PIECE.value) == 0
         and in_features > tiling.block_k
     )
-    gemv_kernel[(triton.cdiv(out_features, block_n),)](
-        out,
-        x,
-        weight,
-        bias,
-        residual,
-        None if norm is None else norm.weight,
-        0.0 if norm is None else norm.eps,
-        0.0 if norm is None else norm.offset,
+    return Launcher(
+        gemv_kernel,
+        (triton.cdiv(out_features, block_n),),
+        eps,
+        offset,
         out_features,
         in_features,
         weight.stride(0),
@@ -270,16 +292,15 @@ def gemv(
         BLOCK_K=tiling.block_k,
         STAGES=tiling.num_stages,
         PREFETCHED=tiling.prefetched if can_prefetch else 0,
-        ACTIVATION=activation or "none",
-        BLOCK_ROW=triton.next_power_of_2(in_features) if norm is not None else 1,
-        HAS_OFFSET=norm is not None and norm.offset != 0.0,
+        ACTIVATION=activation,
+        BLOCK_ROW=triton.next_power_of_2(in_features) if norm_weight is not None else 1,
+        HAS_OFFSET=norm_weight is not None and offset != 0.0,
         IS_EVEN=in_features % tiling.block_k == 0,
         IS_DEPENDENT=is_dependent,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **dependent_options(is_dependent),
     )
-    return out
 
 
 def choose_tiling(

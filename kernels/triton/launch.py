@@ -20,10 +20,11 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
@@ -199,19 +200,50 @@ def only_triton() -> Iterator[None]:
 def compiled_together() -> Iterator[None]:
     """Have launches of layouts not met before compile and nothing else, all at once, in threads.
 
-    Their outputs hold whatever was in memory. At the end all is compiled; what could not be is an
-    error when it is launched. What launches otherwise than through :class:`planned` runs as ever.
+    Their outputs hold whatever was in memory. At the end all is compiled and loaded; what could not
+    be is an error when it is launched. What launches otherwise than through :class:`planned` runs
+    as ever. Within another such block, it is a part of that.
     """
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    before = _only_compiles[0]
+    if _only_compiles[0]:
+        yield
+        return
     # An error is raised again by the kernel's launch; raised here, it would leave the mode on.
     mode = functools.partial(triton.AsyncCompileMode, ignore_errors=True)
-    with ThreadPoolExecutor(threads) as pool, mode(pool):
+    with _Loading(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool, mode(pool):
         _only_compiles[0] = True
         try:
             yield
         finally:
-            _only_compiles[0] = before
+            _only_compiles[0] = False
+
+
+class _Loading(ThreadPoolExecutor):
+    """Compiles kernels, and has what Triton leaves to the first launch done as well: its launcher
+    is built by a C compiler, and the kernel is loaded onto the device."""
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        # Each thread has a current device of its own.
+        self._device = torch.cuda.current_device() if _is_on_cuda() else None
+
+    def submit(  # type: ignore[override]
+        self, compile_kernel: Callable[[], Any]
+    ) -> Future[Any]:
+        return super().submit(self._compile, compile_kernel)
+
+    def _compile(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        is_known = triton.__version__.rpartition(".")[0] in VERSIONS
+        if is_known and self._device is not None and type(kernel) is CompiledKernel:
+            torch.cuda.set_device(self._device)
+            with suppress(Exception):  # raised again by the first launch
+                kernel._init_handles()
+        return kernel
+
+
+def _is_on_cuda() -> bool:
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    return is_initialized()
 
 
 def describe() -> str:

@@ -11,6 +11,11 @@ the same launch gives the same bits.
 Where a kernel may start before the one ahead of it has ended (compute capability 9.0 on), its
 programs have the first weights fetched into the L2 cache while they wait for ``x``.
 
+What stands around a product in a layer can be part of it. The norm of the rows in front is their
+product with its weight where they are read, and a factor a row on the sums: the squares of a row
+are added up as it passes by. The gated activation and the addition to the residual are done where
+values come out.
+
 Papers: Osama et al., "Stream-K", 2023, arXiv:2301.03598.
 """
 
@@ -25,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.norm import RowNorm
 from kernels.triton import (
     has_dependent_launch,
     has_large_shared_memory,
@@ -32,6 +38,7 @@ from kernels.triton import (
     num_multiprocessors,
 )
 from kernels.triton.activation import ACTIVATIONS, gate
+from kernels.triton.launch import Launcher, dependent_options, planned
 
 MAX_ROWS = 64
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
@@ -72,8 +79,11 @@ def skinny_gemm_kernel(
     x,
     weight,
     bias,
+    norm_weight,
     parts,
     counters,
+    eps,
+    offset,
     num_tokens,
     out_features,
     in_features,
@@ -86,6 +96,7 @@ def skinny_gemm_kernel(
     PREFETCHED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ADDS: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
@@ -125,6 +136,7 @@ def skinny_gemm_kernel(
         places = (weight + source.to(tl.int64) * weight_stride)[:, None] + column[None, :]
         x_places = x + token[:, None] * x_stride + column[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        squares = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
         for k in tl.range(first, first + count, num_stages=STAGES):
             at = k * BLOCK_K
             if IS_EVEN:
@@ -134,17 +146,30 @@ def skinny_gemm_kernel(
                 is_column = (at + column < in_features)[None, :]
                 w = tl.load(places + at, mask=is_column, other=0.0)
                 values = tl.load(x_places + at, mask=is_token[:, None] & is_column, other=0.0)
+            if norm_weight is not None:
+                exact = values.to(tl.float32)
+                squares += exact * exact
+                norm = tl.load(norm_weight + at + column, mask=at + column < in_features, other=0.0)
+                norm = norm.to(tl.float32) + offset
+                values = (exact * norm[None, :]).to(x.dtype.element_ty)
             if IS_INTERPRETED:  # numpy has no bf16
                 w = w.to(tl.float32)
                 values = values.to(tl.float32)
             acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
+        row_squares = tl.sum(squares, 1) if norm_weight is not None else None
         if count == blocks:
-            _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION)
+            if norm_weight is not None:
+                acc *= tl.rsqrt(row_squares / in_features + eps)[None, :]
+            _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION, ADDS)
         else:
-            # A program has two places: for the tile it begins within, and for one it begins.
+            # A program has two places: for the tile it begins within, and for one it begins. In
+            # each, a token's squares come after all sums.
             place = program * 2 + (first == 0).to(tl.int32)
+            SIZE: tl.constexpr = BLOCK_T * (BLOCK_N + 1)
             part = token[None, :] * BLOCK_N + row[:, None]
-            tl.store(parts + place * (BLOCK_T * BLOCK_N) + part, acc, mask=is_token[None, :])
+            tl.store(parts + place * SIZE + part, acc, mask=is_token[None, :])
+            if norm_weight is not None:
+                tl.store(parts + place * SIZE + BLOCK_T * BLOCK_N + token, row_squares)
             # All threads have written before the one that counts says so to other programs.
             tl.debug_barrier()
             first_program = _owner(tile * blocks, share, extra)
@@ -152,16 +177,29 @@ def skinny_gemm_kernel(
             if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
                 tl.store(counters + tile, 0)  # for the next launch
                 merged = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+                merged_squares = tl.zeros([BLOCK_T], tl.float32)
                 for piece in range(0, num_pieces, _MERGED):
                     for i in tl.static_range(_MERGED):
                         place = (first_program + piece + i) * 2 + (piece + i == 0)
                         merged += tl.load(
-                            parts + place * (BLOCK_T * BLOCK_N) + part,
+                            parts + place * SIZE + part,
                             mask=is_token[None, :] & (piece + i < num_pieces),
                             other=0.0,
                             cache_modifier=".cg",
                         )
-                _store(out, merged, bias, source, tile, token, is_token, out_features, ACTIVATION)
+                        if norm_weight is not None:
+                            merged_squares += tl.load(
+                                parts + place * SIZE + BLOCK_T * BLOCK_N + token,
+                                mask=is_token & (piece + i < num_pieces),
+                                other=0.0,
+                                cache_modifier=".cg",
+                            )
+                if norm_weight is not None:
+                    merged *= tl.rsqrt(merged_squares / in_features + eps)[None, :]
+                _store(
+                    out, merged, bias, source, tile, token, is_token, out_features,
+                    ACTIVATION, ADDS,
+                )  # fmt: skip
         block += count
 
 
@@ -189,7 +227,18 @@ def _sources(tile, out_features, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
 
 
 @triton.jit
-def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION: tl.constexpr):
+def _store(
+    out,
+    acc,
+    bias,
+    source,
+    tile,
+    token,
+    is_token,
+    out_features,
+    ACTIVATION: tl.constexpr,
+    ADDS: tl.constexpr,
+):
     if bias is not None:
         acc += tl.load(bias + source).to(tl.float32)[:, None]
     dtype: tl.constexpr = out.dtype.element_ty
@@ -201,7 +250,11 @@ def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATI
     feature = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
     places = out + token[None, :] * out_features + feature[:, None]
     mask = (feature < out_features)[:, None] & is_token[None, :]
-    tl.store(places, acc.to(dtype), mask=mask)
+    values = acc.to(dtype)
+    if ADDS:
+        before = tl.load(places, mask=mask, other=0.0)
+        values = (before.to(tl.float32) + values.to(tl.float32)).to(dtype)
+    tl.store(places, values, mask=mask)
 
 
 @triton.jit
@@ -229,21 +282,28 @@ def skinny_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    norm: RowNorm | None = None,
+    residual: Tensor | None = None,
     activation: str | None = None,
     tiling: SkinnyTiling | None = None,
     is_dependent: bool | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` for few rows, or that activation of its first half times the second.
+    """``norm(x) @ weight.T + bias`` for few rows; then either gated or added to the residual.
 
     Parameters
     ----------
     x : Tensor [T, K]
         At most ``MAX_ROWS`` rows; the rows may lie apart.
     weight : Tensor [N, K]
-        In the dtype of ``x``, its rows contiguous.
+        In the dtype of ``x``, its rows contiguous. With an activation, ``N = 2 F``: the rows of the
+        gate first.
     bias : Tensor [N] or None
+    norm : RowNorm or None
+        None: ``x`` as it is. Rows times the norm's weight must fit the dtype: in fp16 they may not.
+    residual : Tensor [T, N] or None
+        Contiguous, where the product is added in place; then it is what is returned.
     activation : str or None
-        ``silu`` or ``gelu_tanh``: ``N = 2 F``, the rows of the gate first.
+        ``silu`` or ``gelu_tanh``, of the first half of the product, times the second half.
     tiling : SkinnyTiling or None
         None: :func:`choose_tiling`.
     is_dependent : bool or None
@@ -252,7 +312,8 @@ def skinny_linear(
     Returns
     -------
     Tensor [T, N], [T, F] with an activation
-        Sums are fp32, rounded once, and then as :mod:`kernels.activation` rounds.
+        Sums are fp32, rounded once, and then as the ops alone round (:mod:`kernels.activation`,
+        :mod:`kernels.norm`); of a norm, what is rounded is the product with its weight.
 
     Notes
     -----
@@ -260,47 +321,81 @@ def skinny_linear(
     one another on one stream.
     """
     num_tokens, in_features = x.shape
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    rows = weight.shape[0]
-    out_features = rows if activation is None else rows // 2
+    if activation is not None and (activation not in ACTIVATIONS or residual is not None):
+        raise ValueError(
+            f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}, without a residual"
+        )
     if num_tokens > MAX_ROWS:
         raise ValueError(f"{num_tokens} rows: this kernel takes up to {MAX_ROWS}")
-    assert weight.shape[1] == in_features and weight.dtype == x.dtype
-    assert weight.stride(1) == 1 or in_features == 1
+    rows = weight.shape[0]
+    out_features = rows if activation is None else rows // 2
     if in_features and x.stride(1) != 1:
         x = x.contiguous()
-    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    if residual is not None:
+        out = residual
+    else:
+        out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     if in_features == 0:
-        assert activation is None
+        assert norm is None and residual is None and activation is None
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    tensors = (out, x, weight, bias, None if norm is None else norm.weight)
+    eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
+    adds, is_aligned = residual is not None, weight.data_ptr() % 16 == 0
+    launch = _skinny.find(
+        tensors, eps, offset, activation or "none", adds, is_aligned, tiling, is_dependent
+    )
+    launch(*tensors, _PARTS[x.device][-1], _COUNTERS[x.device][-1])
+    return out
+
+
+@planned
+def _skinny(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    activation: str,
+    adds: bool,
+    is_aligned: bool,
+    tiling: SkinnyTiling | None,
+    is_dependent: bool | None,
+) -> Launcher:
+    num_tokens, in_features = x.shape
+    rows, out_features = weight.shape[0], out.shape[1]
+    assert weight.shape[1] == in_features and weight.dtype == x.dtype
+    assert weight.stride(1) == 1 or in_features == 1
+    assert out.shape[0] == num_tokens and out.is_contiguous()
+    assert norm_weight is None or (
+        norm_weight.shape == (in_features,) and norm_weight.is_contiguous()
+    )
     if tiling is None:
         tiling = choose_tiling(rows, in_features, num_tokens, x.dtype, x.device)
-    width = tiling.block_n if activation is None else tiling.block_n // 2
+    width = tiling.block_n if activation == "none" else tiling.block_n // 2
     tiles = triton.cdiv(out_features, width)
     num_programs = tiles
     if tiling.programs:
         blocks = tiles * triton.cdiv(in_features, tiling.block_k)
         num_programs = min(tiling.programs * num_multiprocessors(x.device), blocks)
     block_t = max(16, triton.next_power_of_2(num_tokens))
-    parts, counters = _scratch(2 * num_programs * block_t * tiling.block_n, tiles, x.device)
+    _keep_scratch(2 * num_programs * block_t * (tiling.block_n + 1), tiles, x.device)
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
     can_prefetch = (
         in_features % int(_PIECE.value) == 0
         and weight.stride(0) % 16 == 0
-        and weight.data_ptr() % 16 == 0
+        and is_aligned
         and tiling.block_k % int(_PIECE.value) == 0
     )
-    skinny_gemm_kernel[(num_programs,)](
-        out,
-        x,
-        weight,
-        bias,
-        parts,
-        counters,
+    return Launcher(
+        skinny_gemm_kernel,
+        (num_programs,),
+        eps,
+        offset,
         num_tokens,
         out_features,
         in_features,
@@ -312,14 +407,14 @@ def skinny_linear(
         STAGES=tiling.num_stages,
         PREFETCHED=tiling.prefetched if can_prefetch else 0,
         IS_EVEN=in_features % tiling.block_k == 0,
-        ACTIVATION=activation or "none",
+        ACTIVATION=activation,
+        ADDS=adds,
         IS_INTERPRETED=is_interpreted(),
         IS_DEPENDENT=is_dependent,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **dependent_options(is_dependent),
     )
-    return out
 
 
 def choose_tiling(
@@ -349,8 +444,8 @@ def choose_tiling(
     return SkinnyTiling(64, 256, num_stages=3, programs=1)
 
 
-def _scratch(num_parts: int, num_counters: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for sums, and counters that each launch leaves at 0.
+def _keep_scratch(num_parts: int, num_counters: int, device: torch.device) -> None:
+    """Have room for sums, and counters that each launch leaves at 0.
 
     Kept for ever, since a captured graph may hold them.
     """
@@ -370,27 +465,25 @@ def _scratch(num_parts: int, num_counters: int, device: torch.device) -> tuple[T
         if lacks_counters:
             size = max(num_counters, _MIN_COUNTERS)
             counters.append(torch.zeros(size, dtype=torch.int32, device=device))
-    return parts[-1], counters[-1]
 
 
 def example_launches() -> dict[str, Callable[[], object]]:
     """Calls that :mod:`kernels.triton.compile_ahead` builds."""
 
     def call(
-        dtype: torch.dtype,
-        num_tokens: int,
-        out_features: int,
-        in_features: int,
-        tiling: SkinnyTiling | None = None,
-        *,
-        has_bias: bool = False,
-        activation: str | None = None,
+        dtype: torch.dtype, num_tokens: int, rows: int, in_features: int, form: str = ""
     ) -> Callable[[], object]:
         def run() -> object:
             x = torch.empty(num_tokens, in_features, dtype=dtype)
-            weight = torch.empty(out_features, in_features, dtype=dtype)
-            bias = torch.empty(out_features, dtype=dtype) if has_bias else None
-            return skinny_linear(x, weight, bias, activation=activation, tiling=tiling)
+            norm = RowNorm(torch.empty(in_features, dtype=dtype), 1e-6)
+            return skinny_linear(
+                x,
+                torch.empty(rows, in_features, dtype=dtype),
+                torch.empty(rows, dtype=dtype) if "bias" in form else None,
+                norm=norm if "norm" in form else None,
+                residual=torch.empty(num_tokens, rows, dtype=dtype) if "residual" in form else None,
+                activation=next((a for a in ACTIVATIONS if a in form), None),
+            )
 
         return run
 
@@ -398,11 +491,13 @@ def example_launches() -> dict[str, Callable[[], object]]:
     return {
         "bf16, 1 x 512 x 1024": call(half, 1, 512, 1024),
         "bf16, 16 x 512 x 1024": call(half, 16, 512, 1024),
-        "fp16, 17 x 100 x 96, bias": call(torch.float16, 17, 100, 96, has_bias=True),
+        "fp16, 17 x 100 x 96, bias": call(torch.float16, 17, 100, 96, "bias"),
         "bf16, 1 x 100 x 1024": call(half, 1, 100, 1024),
         "bf16, 16 x 512 x 2048, shared out": call(half, 16, 512, 2048),
         "bf16, 17 x 4096 x 1024": call(half, 17, 4096, 1024),
-        "bf16, 32 x 28672 x 4096, silu": call(half, 32, 28672, 4096, activation="silu"),
-        "fp16, 2 x 200 x 512, gelu": call(torch.float16, 2, 200, 512, activation="gelu_tanh"),
+        "bf16, 32 x 28672 x 4096, norm, silu": call(half, 32, 28672, 4096, "norm silu"),
+        "bf16, 8 x 4096 x 14336, residual": call(half, 8, 4096, 14336, "residual"),
+        "bf16, 16 x 6144 x 1024, norm, bias": call(half, 16, 6144, 1024, "norm bias"),
+        "fp16, 2 x 200 x 512, gelu_tanh": call(torch.float16, 2, 200, 512, "gelu_tanh"),
         "fp32, 2 x 100 x 128": call(torch.float32, 2, 100, 128),
     }

@@ -128,6 +128,10 @@ class CudaGraphRunner(GraphRunner):
             for smaller, size in pairwise([0, *sizes]):
                 size_of += [size] * (size - smaller)
 
+    def compile(self, step: DecodeStep) -> None:
+        with self._capturing():
+            self._compile(step)
+
     def _compile(self, step: DecodeStep) -> None:
         """Compile the Triton kernels of all sizes; what these runs compute is never read."""
         with compiled_together():

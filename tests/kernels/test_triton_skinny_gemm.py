@@ -46,6 +46,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(skinny_gemm, "_PARTS", {})
         monkeypatch.setattr(skinny_gemm, "_COUNTERS", {})
+        skinny_gemm._skinny.forget()
 
 
 def values(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -147,6 +148,52 @@ def test_gates_what_it_multiplies(kind: str, activation: str, inner: int, in_fea
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["norm", "norm gate", "residual", "norm residual"])
+@pytest.mark.parametrize(("inner", "in_features"), [(50, 96), (64, 400)])
+def test_takes_its_neighbours_in(kind: str, form: str, inner: int, in_features: int) -> None:
+    from kernels.norm import RowNorm
+    from kernels.triton import skinny_gemm
+
+    weight, bias = values(2 * inner, in_features, seed=1), values(2 * inner, seed=2)
+    scale = values(in_features, seed=3)
+    for num_tokens, tiling, offset in ((2, tilings()[kind], 0.0), (17, None, 1.0)):
+        x = strided(values(num_tokens, in_features)).mul_(3.0)
+        added = values(num_tokens, 2 * inner, seed=4)
+        rows = x.double()
+        if "norm" in form:
+            rms = (rows.square().mean(1, keepdim=True) + 1e-5).sqrt()
+            rows = (rows * (scale.double() + offset)).to(x.dtype).double() / rms
+        truth = rows @ weight.double().T + bias.double()
+        if "gate" in form:
+            truth = truth.to(x.dtype).double()
+            truth = torch.nn.functional.silu(truth[:, :inner]) * truth[:, inner:]
+        elif "residual" in form:
+            truth += added.double()
+        outs = []
+        for _ in range(2):
+            residual = added.clone() if "residual" in form else None
+            out = skinny_gemm.skinny_linear(
+                x,
+                weight,
+                bias,
+                norm=RowNorm(scale, 1e-5, offset) if "norm" in form else None,
+                residual=residual,
+                activation="silu" if "gate" in form else None,
+                tiling=tiling,
+            )
+            assert residual is None or out is residual
+            outs.append(out)
+        assert torch.equal(*outs), "two launches differ"
+        # Values are rounded up to three times on their way, where the truth is once.
+        bound = 4 * torch.finfo(x.dtype).eps
+        scale_of = truth.abs().max().item()
+        torch.testing.assert_close(outs[0].double(), truth, rtol=bound, atol=bound / 8 * scale_of)
+        for counters in itertools.chain(*skinny_gemm._COUNTERS.values()):
+            assert not counters.any(), "a launch left a counter behind"
+
+
+@needs_kernels
 def test_a_row_is_the_same_alone_and_among_others() -> None:
     weight, x = values(100, 400, seed=1), values(16, 400)
     together = check(x, weight)
@@ -171,11 +218,15 @@ def test_scratch_memory_grows_and_the_old_stays() -> None:
     from kernels.triton import skinny_gemm
 
     device = torch.device("cpu")
-    before = skinny_gemm._scratch(10, 10, device)
-    after = skinny_gemm._scratch(before[0].numel() + 1, before[1].numel() + 1, device)
-    assert after[0].numel() > before[0].numel() and after[1].numel() > before[1].numel()
-    assert skinny_gemm._PARTS[device][0] is before[0]
-    assert not after[1].any()
+    parts, counters = (
+        kept.setdefault(device, []) for kept in (skinny_gemm._PARTS, skinny_gemm._COUNTERS)
+    )
+    skinny_gemm._keep_scratch(10, 10, device)
+    before = parts[-1]
+    skinny_gemm._keep_scratch(before.numel() + 1, counters[-1].numel() + 1, device)
+    assert parts[-1].numel() > before.numel() and counters[-1].numel() > counters[0].numel()
+    assert parts[0] is before
+    assert not counters[-1].any()
 
 
 @needs_kernels

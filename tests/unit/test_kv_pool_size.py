@@ -237,7 +237,7 @@ def test_only_runners_that_prepare_steps_have_a_step() -> None:
 def test_a_step_too_large_for_the_device_is_told(
     device: ScriptedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("workbench.engine.profile.run_largest_steps", fails)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +59,21 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Spare the collector what is there already: it is asked for garbage again and again while an
+    engine is built, and would look through every module's objects each time."""
+    if gc.get_freeze_count():  # by the caller's own choice
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class MemoryProbe:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.triton import compiled_together
 from workbench.core.memory import DeviceMemory
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import NewRequest, SchedulerOutput
@@ -90,9 +91,13 @@ def profile_steps(runner: ModelRunner, sizes: StepSizes, memory: DeviceMemory) -
         which takes all that the steps write.
     """
     parts = runner.parts
+    with compiled_together(), torch.inference_mode():
+        run_largest_steps(runner, sizes, "compiled", reads=False)
+        if parts.decode_step is not None:
+            parts.graph_runner.compile(parts.decode_step)
     memory.trim()
     allocated = memory.allocated_bytes()
-    # Twice: the first time compiles kernels, and libraries take what they keep.
+    # Twice: the first time, libraries take what they keep.
     run_largest_steps(runner, sizes, "first")
     memory.trim()
     scratch = memory.allocated_bytes() - allocated
@@ -120,8 +125,15 @@ def profile_steps(runner: ModelRunner, sizes: StepSizes, memory: DeviceMemory) -
     )
 
 
-def run_largest_steps(runner: ModelRunner, sizes: StepSizes, name: str) -> list[SchedulerOutput]:
+def run_largest_steps(
+    runner: ModelRunner, sizes: StepSizes, name: str, *, reads: bool = True
+) -> list[SchedulerOutput]:
     """Run the step of most tokens, and a step of single tokens with the longest contexts.
+
+    Parameters
+    ----------
+    reads
+        Whether to look at their tokens, which are none where kernels are only compiled.
 
     Returns
     -------
@@ -134,7 +146,9 @@ def run_largest_steps(runner: ModelRunner, sizes: StepSizes, name: str) -> list[
         ("contexts", longest_contexts(runner, sizes)),
     ):
         plan = _plan(runner, f"profile-{name}-{kind}", lengths, known)
-        runner.execute(plan)
+        step = runner.submit(plan)
+        if reads:
+            step.result()
         plans.append(plan)
         known = plan.request_ids
     for request_id in known:

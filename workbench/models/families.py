@@ -243,21 +243,38 @@ def config_from_dict(values: Mapping[str, Any]) -> PreTrainedConfig:
     WorkbenchError
         A value is missing or of the wrong type.
     """
-    from transformers import CONFIG_MAPPING
-
     architecture = architecture_of(values)
     family = _BY_ARCHITECTURE[architecture]
     model_type = values.get("model_type")
     if model_type not in family.model_types:
         model_type = family.model_types[family.architectures.index(architecture)]
+    config_class = _config_class(model_type)
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(
-            {**values, "model_type": model_type}
-        )
+        config: PreTrainedConfig = config_class.from_dict({**values, "model_type": model_type})
     except Exception as error:  # Transformers raises many kinds for a bad value
         raise WorkbenchError(f"the model's config is not valid: {error}") from error
     config.architectures = [architecture]
     return config
+
+
+def _config_class(model_type: str) -> Any:
+    """Transformers' class for the configs of a type of model.
+
+    Its module is imported without the docstrings that Transformers generates for it: for these it
+    would import all models, generation and torch's compiler, which takes longer than all else
+    that an engine on a GPU needs before its first token.
+    """
+    import transformers
+
+    utils = transformers.utils
+    generate = getattr(utils, "auto_docstring", None)
+    if generate is None:
+        return transformers.CONFIG_MAPPING[model_type]
+    utils.auto_docstring = lambda given=None, **_: given if given is not None else lambda obj: obj
+    try:
+        return transformers.CONFIG_MAPPING[model_type]
+    finally:
+        utils.auto_docstring = generate
 
 
 def read_config(source: Path | str | PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:

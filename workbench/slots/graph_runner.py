@@ -66,6 +66,10 @@ class GraphRunner(Component):
         ``slot.counter``."""
         return {}
 
+    def compile(self, step: DecodeStep) -> None:
+        """Compile what :meth:`trial_bytes` and :meth:`capture` are going to run, and nothing else
+        where the caller asks for that (:func:`kernels.triton.compiled_together`)."""
+
     def trial_bytes(self, step: DecodeStep) -> int:
         """Device memory that prepared steps are going to hold, found by preparing a few of them
         and dropping these again. Called before :meth:`capture`, with a step of its own."""
