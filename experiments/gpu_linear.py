@@ -35,7 +35,13 @@ from experiments.gpu_attention import DEVICE, L2_BYTES, machine, relative_error,
 from kernels.norm import RowNorm
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.norm import add_rms_norm_, rms_norm
-from kernels.triton.skinny_gemm import SkinnyTiling, choose_tiling, skinny_linear
+from kernels.triton.skinny_gemm import (
+    SkinnyTiling,
+    choose_tiling,
+    scale_rows,
+    skinny_add_,
+    skinny_linear,
+)
 
 DTYPE = torch.bfloat16
 #: One rounding of the output, of half a step at most, and sums in fp32.
@@ -283,7 +289,7 @@ def run_layer(
     last product gives.
     """
     if "fused" in products:
-        return run_fused_layer(products["fused"], weights, norm, residual)
+        return run_fused_layer(weights, norm, residual)
     width = weights["o"].shape[1]
     x = products["qkv"](hidden, weights["qkv"])[:, :width]
     x = products["o"](x, weights["o"])
@@ -298,15 +304,14 @@ def run_layer(
     return residual
 
 
-def run_fused_layer(
-    product: Callable[..., Tensor], weights: dict[str, Tensor], norm: Tensor, residual: Tensor
-) -> Tensor:
+def run_fused_layer(weights: dict[str, Tensor], norm: Tensor, residual: Tensor) -> Tensor:
     """The same, with the norms, the gate and the additions within the products."""
     of_row, width = RowNorm(norm, EPS), weights["o"].shape[1]
-    x = product(residual, weights["qkv"], norm=of_row)[:, :width]
-    product(x, weights["o"], residual=residual)
-    x = product(residual, weights["gate_up"], norm=of_row, activation="silu")
-    return product(x, weights["down"], residual=residual)
+    x = skinny_linear(scale_rows(residual, of_row), weights["qkv"])[:, :width]
+    rows = skinny_add_(x, weights["o"], None, residual, of_row)
+    x = skinny_linear(rows, weights["gate_up"], activation="silu")
+    skinny_add_(x, weights["down"], None, residual, of_row)
+    return residual
 
 
 def with_fresh_residual(call: Callable[..., Tensor], raw: Tensor, **given: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,16 +90,38 @@ class SkinnyLinear(TunedLinear):
             return self.config.fuse_one_row
         return self.config.fuse_rows and self._may_fuse_rows and self._takes(num_tokens)
 
+    def begin_normed(self, x: torch.Tensor, norm: RowNorm) -> Any:
+        if x.shape[0] == 1:
+            return x, norm
+        from kernels.triton.skinny_gemm import scale_rows
+
+        return scale_rows(x, norm)
+
     def apply_normed(
-        self, layer: LinearLayer, x: torch.Tensor, norm: RowNorm, activation: str | None = None
+        self, layer: LinearLayer, rows: Any, activation: str | None = None
     ) -> torch.Tensor:
         self._fused += 1
         weight, bias = layer.state.weight, layer.state.bias
-        return _product(x)(x, weight, bias, norm=norm, activation=activation)
+        if isinstance(rows, tuple):
+            from kernels.triton.gemv import gemv
 
-    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
+            x, norm = rows
+            return gemv(x, weight, bias, norm=norm, activation=activation)
+        from kernels.triton.skinny_gemm import skinny_linear
+
+        return skinny_linear(rows, weight, bias, activation=activation)
+
+    def apply_add_(
+        self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor, norm: RowNorm | None
+    ) -> Any:
         self._fused += 1
-        _product(x)(x, layer.state.weight, layer.state.bias, residual=residual)
+        weight, bias = layer.state.weight, layer.state.bias
+        if norm is None or x.shape[0] == 1:
+            _product(x)(x, weight, bias, residual=residual)
+            return None if norm is None else (residual, norm)
+        from kernels.triton.skinny_gemm import skinny_add_
+
+        return skinny_add_(x, weight, bias, residual, norm)
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons = unsupported_reasons(device, dtype)
