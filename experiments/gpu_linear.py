@@ -32,14 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.gpu_attention import DEVICE, L2_BYTES, machine, relative_error, time_graph
-from kernels.norm import RowNorm
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.norm import add_rms_norm_, rms_norm
 from kernels.triton.skinny_gemm import (
     SkinnyTiling,
     choose_tiling,
-    scale_rows,
-    skinny_add_,
     skinny_linear,
 )
 
@@ -288,29 +285,20 @@ def run_layer(
     ``hidden`` is the norm of ``residual``. Returns the residual where norms are run, else what the
     last product gives.
     """
-    if "fused" in products:
-        return run_fused_layer(weights, norm, residual)
     width = weights["o"].shape[1]
     x = products["qkv"](hidden, weights["qkv"])[:, :width]
     x = products["o"](x, weights["o"])
     if has_rest:
         x = add_rms_norm_(x, residual, norm, EPS)
-    x = products["gate_up"](x, weights["gate_up"])
-    x = silu_and_mul(x) if has_rest else x[:, : x.shape[1] // 2]
+    if has_rest and "gated" in products:
+        x = products["gated"](x, weights["gate_up"])
+    else:
+        x = products["gate_up"](x, weights["gate_up"])
+        x = silu_and_mul(x) if has_rest else x[:, : x.shape[1] // 2]
     x = products["down"](x, weights["down"])
     if not has_rest:
         return x
     add_rms_norm_(x, residual, norm, EPS)
-    return residual
-
-
-def run_fused_layer(weights: dict[str, Tensor], norm: Tensor, residual: Tensor) -> Tensor:
-    """The same, with the norms, the gate and the additions within the products."""
-    of_row, width = RowNorm(norm, EPS), weights["o"].shape[1]
-    x = skinny_linear(scale_rows(residual, of_row), weights["qkv"])[:, :width]
-    rows = skinny_add_(x, weights["o"], None, residual, of_row)
-    x = skinny_linear(rows, weights["gate_up"], activation="silu")
-    skinny_add_(x, weights["down"], None, residual, of_row)
     return residual
 
 
@@ -350,7 +338,8 @@ def chain(model: str, rows: Sequence[int], best: Best, report: Report, replays: 
         for has_rest in (False, True):
             row, truth = [], None
             if has_rest:
-                kinds["fused"] = {"fused": skinny_linear}
+                gated = partial(skinny_linear, activation="silu")
+                kinds["skinny_gemm, gated"] = {**kinds["skinny_gemm"], "gated": gated}
             for kind, products in kinds.items():
                 residual = raw.clone()
                 call = partial(run_layer, products, norm=norm, has_rest=has_rest)

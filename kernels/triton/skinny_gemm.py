@@ -11,12 +11,10 @@ the same launch gives the same bits.
 Where a kernel may start before the one ahead of it has ended (compute capability 9.0 on), its
 programs have the first weights fetched into the L2 cache while they wait for ``x``.
 
-What stands around a product in a layer can be part of it: the gated activation and the addition to
-the residual are done where values come out. So is the first half of the norm that follows the
-addition: new residuals are multiplied by the norm's weight as well, and each program leaves the
-squares of its columns behind (:class:`ScaledRows`). The product after it multiplies these rows, and
-its sums by a factor a row, which the squares give. (Taking the norm where rows are read instead
-takes a third longer: values for the tensor cores then go through registers.)
+A gated activation is part of the product whose halves it multiplies, where values come out. (The
+norms on either side gain nothing there: taken where rows are read, they send the values for the
+tensor cores through registers, and begun where a product is added to the residual, they lengthen
+the end of that launch by as much as their own would take.)
 
 Papers: Osama et al., "Stream-K", 2023, arXiv:2301.03598.
 """
@@ -32,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.norm import RowNorm
 from kernels.triton import (
     has_dependent_launch,
     has_large_shared_memory,
@@ -45,7 +42,6 @@ from kernels.triton.launch import Launcher, dependent_options, planned
 MAX_ROWS = 64
 _PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 _MERGED = tl.constexpr(4)  # pieces whose sums are read together
-_SQUARES = tl.constexpr(16)  # the same of squares
 _MIN_COUNTERS = 1 << 14
 _MIN_PARTS = 1 << 21  # fp32 values
 _COUNTERS: dict[torch.device, list[Tensor]] = {}
@@ -76,40 +72,14 @@ class SkinnyTiling:
     prefetched: int = 2
 
 
-@dataclass(frozen=True, slots=True)
-class ScaledRows:
-    """Rows under a norm, before they are divided by their sizes.
-
-    Attributes
-    ----------
-    rows : Tensor [T, K]
-        Rows times the norm's weight.
-    squares : Tensor [S, T] fp32
-        Sums of the squares of the rows themselves, in ``S`` parts.
-    eps
-        Of the norm.
-    """
-
-    rows: Tensor
-    squares: Tensor
-    eps: float
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_squares"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def skinny_gemm_kernel(
     out,
     x,
     weight,
     bias,
-    squares,
-    norm_weight,
-    scaled,
-    new_squares,
     parts,
     counters,
-    eps,
-    offset,
-    num_squares,
     num_tokens,
     out_features,
     in_features,
@@ -122,7 +92,6 @@ def skinny_gemm_kernel(
     PREFETCHED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ADDS: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
@@ -175,8 +144,9 @@ def skinny_gemm_kernel(
                 w = w.to(tl.float32)
                 values = values.to(tl.float32)
             acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
-        is_whole = count == blocks
-        if not is_whole:
+        if count == blocks:
+            _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION)
+        else:
             # A program has two places: for the tile it begins within, and for one it begins.
             place = program * 2 + (first == 0).to(tl.int32)
             part = token[None, :] * BLOCK_N + row[:, None]
@@ -187,26 +157,17 @@ def skinny_gemm_kernel(
             num_pieces = _owner(tile * blocks + blocks - 1, share, extra) - first_program + 1
             if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
                 tl.store(counters + tile, 0)  # for the next launch
-                acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+                merged = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
                 for piece in range(0, num_pieces, _MERGED):
                     for i in tl.static_range(_MERGED):
                         place = (first_program + piece + i) * 2 + (piece + i == 0)
-                        acc += tl.load(
+                        merged += tl.load(
                             parts + place * (BLOCK_T * BLOCK_N) + part,
                             mask=is_token[None, :] & (piece + i < num_pieces),
                             other=0.0,
                             cache_modifier=".cg",
                         )
-                is_whole = num_pieces > 0
-        if is_whole:
-            if squares is not None:
-                acc *= _row_factors(
-                    squares, token, is_token, num_squares, num_tokens, in_features, eps
-                )[None, :]
-            _store(
-                out, acc, bias, norm_weight, scaled, new_squares, offset, source, tile, token,
-                is_token, num_tokens, out_features, ACTIVATION, ADDS,
-            )  # fmt: skip
+                _store(out, merged, bias, source, tile, token, is_token, out_features, ACTIVATION)
         block += count
 
 
@@ -234,38 +195,7 @@ def _sources(tile, out_features, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
 
 
 @triton.jit
-def _row_factors(squares, token, is_token, num_squares, num_tokens, in_features, eps):
-    """What a norm divides by, inverted, from the squares ``[num_squares, num_tokens]``."""
-    total = tl.zeros([token.shape[0]], tl.float32)
-    part = tl.arange(0, _SQUARES)
-    for first in range(0, num_squares, _SQUARES):
-        values = tl.load(
-            squares + (first + part)[:, None] * num_tokens + token[None, :],
-            mask=(first + part < num_squares)[:, None] & is_token[None, :],
-            other=0.0,
-        )
-        total += tl.sum(values, 0)
-    return tl.rsqrt(total / in_features + eps)
-
-
-@triton.jit
-def _store(
-    out,
-    acc,
-    bias,
-    norm_weight,
-    scaled,
-    new_squares,
-    offset,
-    source,
-    tile,
-    token,
-    is_token,
-    num_tokens,
-    out_features,
-    ACTIVATION: tl.constexpr,
-    ADDS: tl.constexpr,
-):
+def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION: tl.constexpr):
     if bias is not None:
         acc += tl.load(bias + source).to(tl.float32)[:, None]
     dtype: tl.constexpr = out.dtype.element_ty
@@ -277,18 +207,7 @@ def _store(
     feature = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
     places = out + token[None, :] * out_features + feature[:, None]
     mask = (feature < out_features)[:, None] & is_token[None, :]
-    values = acc.to(dtype)
-    if ADDS:
-        before = tl.load(places, mask=mask, other=0.0)
-        values = (before.to(tl.float32) + values.to(tl.float32)).to(dtype)
-    tl.store(places, values, mask=mask)
-    if norm_weight is not None:
-        exact = tl.where(mask, values.to(tl.float32), 0.0)
-        norm = tl.load(norm_weight + feature, mask=feature < out_features, other=0.0)
-        rows = exact * (norm.to(tl.float32) + offset)[:, None]
-        tl.store(scaled + token[None, :] * out_features + feature[:, None], rows.to(dtype), mask)
-        sums = tl.sum(exact * exact, 0)
-        tl.store(new_squares + tile * num_tokens + token, sums, mask=is_token)
+    tl.store(places, acc.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -312,29 +231,26 @@ def _prefetch(weight, weight_stride, source, first, stop, COLUMNS: tl.constexpr)
 
 
 def skinny_linear(
-    x: Tensor | ScaledRows,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    residual: Tensor | None = None,
     activation: str | None = None,
     tiling: SkinnyTiling | None = None,
     is_dependent: bool | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` for few rows; then either gated or added to the residual.
+    """``x @ weight.T + bias`` for few rows, or that activation of its first half times the second.
 
     Parameters
     ----------
-    x : Tensor [T, K] or ScaledRows
-        At most ``MAX_ROWS`` rows; the rows may lie apart. Scaled ones stand for their norm.
+    x : Tensor [T, K]
+        At most ``MAX_ROWS`` rows; the rows may lie apart.
     weight : Tensor [N, K]
         In the dtype of ``x``, its rows contiguous. With an activation, ``N = 2 F``: the rows of the
         gate first.
     bias : Tensor [N] or None
-    residual : Tensor [T, N] or None
-        Contiguous, where the product is added in place; then it is what is returned.
     activation : str or None
-        ``silu`` or ``gelu_tanh``, of the first half of the product, times the second half.
+        ``silu`` or ``gelu_tanh``.
     tiling : SkinnyTiling or None
         None: :func:`choose_tiling`.
     is_dependent : bool or None
@@ -343,95 +259,33 @@ def skinny_linear(
     Returns
     -------
     Tensor [T, N], [T, F] with an activation
-        Sums are fp32, rounded once, and then as the ops alone round (:mod:`kernels.activation`,
-        :mod:`kernels.norm`); of a norm, what is rounded is the product with its weight.
+        Sums are fp32, rounded once, and then as :mod:`kernels.activation` rounds.
 
     Notes
     -----
     Never waits for the device. Launches on one device share scratch memory, so they must follow
     one another on one stream.
     """
-    return _launch(x, weight, bias, residual, None, activation, tiling, is_dependent)[0]
-
-
-def skinny_add_(
-    x: Tensor | ScaledRows,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm: RowNorm,
-    *,
-    tiling: SkinnyTiling | None = None,
-    is_dependent: bool | None = None,
-) -> ScaledRows:
-    """Add the product to the residual in place, as :func:`skinny_linear` does.
-
-    Returns
-    -------
-    ScaledRows
-        Of the new residual under ``norm``. Rows times the norm's weight must fit the dtype, which
-        in fp16 they may not.
-    """
-    made = _launch(x, weight, bias, residual, norm, None, tiling, is_dependent)[1]
-    assert made is not None
-    return made
-
-
-def _launch(
-    x: Tensor | ScaledRows,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm: RowNorm | None,
-    activation: str | None,
-    tiling: SkinnyTiling | None,
-    is_dependent: bool | None,
-) -> tuple[Tensor, ScaledRows | None]:
-    squares, eps = None, 0.0
-    if isinstance(x, ScaledRows):
-        squares, eps = x.squares, x.eps
-        x = x.rows
     num_tokens, in_features = x.shape
-    if activation is not None and (activation not in ACTIVATIONS or residual is not None):
-        raise ValueError(
-            f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}, without a residual"
-        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
     if num_tokens > MAX_ROWS:
         raise ValueError(f"{num_tokens} rows: this kernel takes up to {MAX_ROWS}")
     rows = weight.shape[0]
     out_features = rows if activation is None else rows // 2
     if in_features and x.stride(1) != 1:
         x = x.contiguous()
-    if residual is not None:
-        out = residual
-    else:
-        out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
-    if out.numel() == 0 or in_features == 0:
-        assert residual is None and activation is None and squares is None
-        return (out.zero_() if bias is None else out.copy_(bias.expand_as(out))), None
-    if tiling is None:
-        tiling = choose_tiling(rows, in_features, num_tokens, x.dtype, x.device)
-    made = None
-    if norm is not None:
-        num_squares = triton.cdiv(out_features, tiling.block_n)
-        new_squares = torch.empty(num_squares, num_tokens, dtype=torch.float32, device=x.device)
-        made = ScaledRows(torch.empty_like(out), new_squares, norm.eps)
-    tensors = (
-        out, x, weight, bias, squares, None if norm is None else norm.weight,
-        None if made is None else made.rows, None if made is None else made.squares,
-    )  # fmt: skip
-    launch = _skinny.find(
-        tensors,
-        eps,
-        0.0 if norm is None else norm.offset,
-        activation or "none",
-        residual is not None,
-        weight.data_ptr() % 16 == 0,
-        tiling,
-        is_dependent,
-    )
+    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if in_features == 0:
+        assert activation is None
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    tensors = (out, x, weight, bias)
+    is_aligned = weight.data_ptr() % 16 == 0
+    launch = _skinny.find(tensors, activation or "none", is_aligned, tiling, is_dependent)
     launch(*tensors, _PARTS[x.device][-1], _COUNTERS[x.device][-1])
-    return out, made
+    return out
 
 
 @planned
@@ -440,28 +294,17 @@ def _skinny(
     x: Tensor,
     weight: Tensor,
     _bias: Tensor | None,
-    squares: Tensor | None,
-    norm_weight: Tensor | None,
-    scaled: Tensor | None,
-    new_squares: Tensor | None,
-    eps: float,
-    offset: float,
     activation: str,
-    adds: bool,
     is_aligned: bool,
-    tiling: SkinnyTiling,
+    tiling: SkinnyTiling | None,
     is_dependent: bool | None,
 ) -> Launcher:
     num_tokens, in_features = x.shape
-    out_features = out.shape[1]
+    rows, out_features = weight.shape[0], out.shape[1]
     assert weight.shape[1] == in_features and weight.dtype == x.dtype
     assert weight.stride(1) == 1 or in_features == 1
-    assert out.shape[0] == num_tokens and out.is_contiguous()
-    assert squares is None or (squares.shape[1] == num_tokens and squares.is_contiguous())
-    if norm_weight is not None:
-        assert scaled is not None and scaled.is_contiguous() and adds
-        assert new_squares is not None and new_squares.is_contiguous()
-        assert norm_weight.shape == (out_features,) and norm_weight.is_contiguous()
+    if tiling is None:
+        tiling = choose_tiling(rows, in_features, num_tokens, x.dtype, x.device)
     width = tiling.block_n if activation == "none" else tiling.block_n // 2
     tiles = triton.cdiv(out_features, width)
     num_programs = tiles
@@ -481,9 +324,6 @@ def _skinny(
     return Launcher(
         skinny_gemm_kernel,
         (num_programs,),
-        eps,
-        offset,
-        0 if squares is None else squares.shape[0],
         num_tokens,
         out_features,
         in_features,
@@ -496,67 +336,12 @@ def _skinny(
         PREFETCHED=tiling.prefetched if can_prefetch else 0,
         IS_EVEN=in_features % tiling.block_k == 0,
         ACTIVATION=activation,
-        ADDS=adds,
         IS_INTERPRETED=is_interpreted(),
         IS_DEPENDENT=is_dependent,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         **dependent_options(is_dependent),
     )
-
-
-def scale_rows(x: Tensor, norm: RowNorm) -> ScaledRows:
-    """Rows ``x[T, K]`` under a norm, for a product that is not behind one of this module."""
-    assert x.stride(1) == 1 and norm.weight.is_contiguous()
-    made = ScaledRows(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(1, x.shape[0], dtype=torch.float32, device=x.device),
-        norm.eps,
-    )
-    if x.numel():
-        _scale((made.rows, made.squares, x, norm.weight), norm.offset)
-    return made
-
-
-@planned
-def _scale(_rows: Tensor, _squares: Tensor, x: Tensor, _weight: Tensor, offset: float) -> Launcher:
-    is_dependent = has_dependent_launch(x.device)
-    return Launcher(
-        scale_rows_kernel,
-        (x.shape[0],),
-        offset,
-        x.shape[1],
-        x.stride(0),
-        BLOCK=triton.next_power_of_2(x.shape[1]),
-        IS_DEPENDENT=is_dependent,
-        num_warps=max(1, min(8, x.shape[1] // 512)),
-        **dependent_options(is_dependent),
-    )
-
-
-@triton.jit
-def scale_rows_kernel(
-    rows,
-    squares,
-    x,
-    weight,
-    offset,
-    width,
-    stride,
-    BLOCK: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    """Grid: (rows)."""
-    if IS_DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    values = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
-    tl.store(rows + row * width + column, (values * scale).to(rows.dtype.element_ty), mask=mask)
-    tl.store(squares + row, tl.sum(values * values, 0))
 
 
 def choose_tiling(
@@ -616,15 +401,9 @@ def example_launches() -> dict[str, Callable[[], object]]:
         dtype: torch.dtype, num_tokens: int, rows: int, in_features: int, form: str = ""
     ) -> Callable[[], object]:
         def run() -> object:
-            plain = torch.empty(num_tokens, in_features, dtype=dtype)
-            norm = RowNorm(torch.empty(in_features, dtype=dtype), 1e-6)
-            x = scale_rows(plain, norm) if "scaled" in form else plain
+            x = torch.empty(num_tokens, in_features, dtype=dtype)
             weight = torch.empty(rows, in_features, dtype=dtype)
             bias = torch.empty(rows, dtype=dtype) if "bias" in form else None
-            if "add" in form:
-                residual = torch.empty(num_tokens, rows, dtype=dtype)
-                norm = RowNorm(torch.empty(rows, dtype=dtype), 1e-6)
-                return skinny_add_(x, weight, bias, residual, norm)
             activation = next((a for a in ACTIVATIONS if a in form), None)
             return skinny_linear(x, weight, bias, activation=activation)
 
@@ -638,9 +417,8 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "bf16, 1 x 100 x 1024": call(half, 1, 100, 1024),
         "bf16, 16 x 512 x 2048, shared out": call(half, 16, 512, 2048),
         "bf16, 17 x 4096 x 1024": call(half, 17, 4096, 1024),
-        "bf16, 32 x 28672 x 4096, scaled, silu": call(half, 32, 28672, 4096, "scaled silu"),
-        "bf16, 8 x 4096 x 14336, add": call(half, 8, 4096, 14336, "add"),
-        "bf16, 16 x 6144 x 1024, scaled, bias": call(half, 16, 6144, 1024, "scaled bias"),
+        "bf16, 32 x 28672 x 4096, silu": call(half, 32, 28672, 4096, "silu"),
+        "bf16, 16 x 6144 x 1024, bias": call(half, 16, 6144, 1024, "bias"),
         "fp16, 2 x 200 x 512, gelu_tanh": call(torch.float16, 2, 200, 512, "gelu_tanh"),
         "fp32, 2 x 100 x 128": call(torch.float32, 2, 100, 128),
     }

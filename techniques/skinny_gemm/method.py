@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -28,18 +26,14 @@ class SkinnyLinearConfig:
         Most rows that the kernel takes; products of more are dense. In fp32 it takes one at most.
     fuse_one_row
         Whether a step of one token has its norms, activations and additions in its products.
-    fuse_rows
-        The same of more tokens, as many as the kernel takes, in bf16.
     gate_rows
-        Whether products of more rows multiply gate and up where they come out, where they have
-        nothing else within.
+        Whether products of more rows multiply gate and up where they come out.
     tune_dense
         Whether products of more rows than the kernel takes are those of ``tuned_gemm``.
     """
 
     max_rows: int = 32
     fuse_one_row: bool = True
-    fuse_rows: bool = True
     gate_rows: bool = True
     tune_dense: bool = False
 
@@ -56,14 +50,12 @@ class SkinnyLinear(TunedLinear):
             raise ConfigError(
                 f"engine.linear.max_rows={self.config.max_rows} must be from 1 to {_MOST_ROWS}."
             )
-        self._is_exact_only = self._may_fuse_rows = False  # until a layer is known
+        self._is_exact_only = False  # until a layer is known
         self.reset_counters()
 
     def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
         super().process_weights_after_loading(layer, expected_tokens)
         self._is_exact_only = layer.state.weight.dtype == torch.float32
-        # A row times its norm's weight, not yet divided by its size, may be more than fp16 holds.
-        self._may_fuse_rows = layer.state.weight.dtype == torch.bfloat16
 
     def _takes(self, num_rows: int) -> bool:
         # Tensor cores would round values of fp32, and without them more rows take longer.
@@ -73,7 +65,14 @@ class SkinnyLinear(TunedLinear):
         if not self._takes(x.shape[0]):
             return super().apply(layer, x)
         self._skinny += 1
-        return _product(x)(x, layer.state.weight, layer.state.bias)
+        weight, bias = layer.state.weight, layer.state.bias
+        if x.shape[0] == 1:
+            from kernels.triton.gemv import gemv
+
+            return gemv(x, weight, bias)
+        from kernels.triton.skinny_gemm import skinny_linear
+
+        return skinny_linear(x, weight, bias)
 
     def tuned(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor | None:
         return super().tuned(layer, x) if self.config.tune_dense else None
@@ -82,46 +81,27 @@ class SkinnyLinear(TunedLinear):
         return self.config.gate_rows and num_tokens > 1 and self._takes(num_tokens)
 
     def apply_gated(self, layer: LinearLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
-        self._fused += 1
-        return _product(x)(x, layer.state.weight, layer.state.bias, activation=activation)
-
-    def fuses(self, num_tokens: int) -> bool:
-        if num_tokens == 1:
-            return self.config.fuse_one_row
-        return self.config.fuse_rows and self._may_fuse_rows and self._takes(num_tokens)
-
-    def begin_normed(self, x: torch.Tensor, norm: RowNorm) -> Any:
-        if x.shape[0] == 1:
-            return x, norm
-        from kernels.triton.skinny_gemm import scale_rows
-
-        return scale_rows(x, norm)
-
-    def apply_normed(
-        self, layer: LinearLayer, rows: Any, activation: str | None = None
-    ) -> torch.Tensor:
-        self._fused += 1
-        weight, bias = layer.state.weight, layer.state.bias
-        if isinstance(rows, tuple):
-            from kernels.triton.gemv import gemv
-
-            x, norm = rows
-            return gemv(x, weight, bias, norm=norm, activation=activation)
         from kernels.triton.skinny_gemm import skinny_linear
 
-        return skinny_linear(rows, weight, bias, activation=activation)
-
-    def apply_add_(
-        self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor, norm: RowNorm | None
-    ) -> Any:
         self._fused += 1
-        weight, bias = layer.state.weight, layer.state.bias
-        if norm is None or x.shape[0] == 1:
-            _product(x)(x, weight, bias, residual=residual)
-            return None if norm is None else (residual, norm)
-        from kernels.triton.skinny_gemm import skinny_add_
+        return skinny_linear(x, layer.state.weight, layer.state.bias, activation=activation)
 
-        return skinny_add_(x, weight, bias, residual, norm)
+    def fuses(self, num_tokens: int) -> bool:
+        return num_tokens == 1 and self.config.fuse_one_row
+
+    def apply_normed(
+        self, layer: LinearLayer, x: torch.Tensor, norm: RowNorm, activation: str | None = None
+    ) -> torch.Tensor:
+        from kernels.triton.gemv import gemv
+
+        self._fused += 1
+        return gemv(x, layer.state.weight, layer.state.bias, norm=norm, activation=activation)
+
+    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
+        from kernels.triton.gemv import gemv
+
+        self._fused += 1
+        gemv(x, layer.state.weight, layer.state.bias, residual=residual)
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons = unsupported_reasons(device, dtype)
@@ -136,14 +116,3 @@ class SkinnyLinear(TunedLinear):
     def reset_counters(self) -> None:
         super().reset_counters()
         self._skinny = self._fused = 0
-
-
-def _product(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The kernel for as many rows as ``x`` has."""
-    if x.shape[0] == 1:
-        from kernels.triton.gemv import gemv
-
-        return gemv
-    from kernels.triton.skinny_gemm import skinny_linear
-
-    return skinny_linear

@@ -148,63 +148,6 @@ def test_gates_what_it_multiplies(kind: str, activation: str, inner: int, in_fea
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["norm", "norm gate", "add", "norm add"])
-@pytest.mark.parametrize(("inner", "in_features"), [(50, 96), (64, 400)])
-def test_takes_its_neighbours_in(kind: str, form: str, inner: int, in_features: int) -> None:
-    from kernels.norm import RowNorm
-    from kernels.triton import skinny_gemm
-    from kernels.triton.skinny_gemm import scale_rows, skinny_add_, skinny_linear
-
-    weight, bias = values(2 * inner, in_features, seed=1), values(2 * inner, seed=2)
-    scale, scale_after = values(in_features, seed=3), values(2 * inner, seed=5)
-    for num_tokens, tiling, offset in ((2, tilings()[kind], 0.0), (17, None, 1.0)):
-        x = strided(values(num_tokens, in_features)).mul_(3.0)
-        added = values(num_tokens, 2 * inner, seed=4)
-        after = RowNorm(scale_after, 1e-5, offset)
-        rows = x.double()
-        if "norm" in form:
-            rms = (rows.square().mean(1, keepdim=True) + 1e-5).sqrt()
-            rows = (rows * (scale.double() + offset)).to(x.dtype).double() / rms
-        truth = rows @ weight.double().T + bias.double()
-        if "gate" in form:
-            truth = truth.to(x.dtype).double()
-            truth = torch.nn.functional.silu(truth[:, :inner]) * truth[:, inner:]
-        elif "add" in form:
-            truth += added.double()
-        results = []
-        for _ in range(2):
-            given = scale_rows(x, RowNorm(scale, 1e-5, offset)) if "norm" in form else x
-            if "add" in form:
-                out = added.clone()
-                made = skinny_add_(given, weight, bias, out, after, tiling=tiling)
-                results.append((out, made.rows, made.squares.sum(0)))
-                exact = out.double()
-                torch.testing.assert_close(
-                    made.rows.double(),
-                    exact * (scale_after.double() + offset),
-                    rtol=torch.finfo(x.dtype).eps,
-                    atol=0.0,
-                )
-                squares = exact.square().sum(1)
-                torch.testing.assert_close(results[-1][2].double(), squares, rtol=1e-5, atol=0.0)
-            else:
-                activation = "silu" if "gate" in form else None
-                results.append(
-                    (skinny_linear(given, weight, bias, activation=activation, tiling=tiling),)
-                )
-        for first, second in zip(*results, strict=True):
-            assert torch.equal(first, second), "two launches differ"
-        # Values are rounded up to three times on their way, where the truth is once.
-        bound = 4 * torch.finfo(x.dtype).eps
-        largest = truth.abs().max().item()
-        out = results[0][0].double()
-        torch.testing.assert_close(out, truth, rtol=bound, atol=bound / 8 * largest)
-        for counters in itertools.chain(*skinny_gemm._COUNTERS.values()):
-            assert not counters.any(), "a launch left a counter behind"
-
-
-@needs_kernels
 def test_a_row_is_the_same_alone_and_among_others() -> None:
     weight, x = values(100, 400, seed=1), values(16, 400)
     together = check(x, weight)
@@ -229,9 +172,8 @@ def test_scratch_memory_grows_and_the_old_stays() -> None:
     from kernels.triton import skinny_gemm
 
     device = torch.device("cpu")
-    parts, counters = (
-        kept.setdefault(device, []) for kept in (skinny_gemm._PARTS, skinny_gemm._COUNTERS)
-    )
+    parts = skinny_gemm._PARTS.setdefault(device, [])
+    counters = skinny_gemm._COUNTERS.setdefault(device, [])
     skinny_gemm._keep_scratch(10, 10, device)
     before = parts[-1]
     skinny_gemm._keep_scratch(before.numel() + 1, counters[-1].numel() + 1, device)

@@ -112,27 +112,17 @@ class DecoderLayer:
         return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
 
     def forward_fused(
-        self,
-        rows: Any,
-        residual: torch.Tensor,
-        context: ForwardContext,
-        linear: LinearMethod,
-        following: kernels.RowNorm | None,
-    ) -> Any:
-        """The whole layer on ``residual[T, H]`` in place; what stands between the products is
-        theirs.
+        self, residual: torch.Tensor, context: ForwardContext, linear: LinearMethod
+    ) -> None:
+        """The whole layer, norms included, on ``residual[T, H]`` in place; what stands between the
+        products is theirs."""
+        qkv = linear.apply_normed(self.qkv_proj, residual, self._norm(self.attention_norm))
+        linear.apply_add_(self.o_proj, self._attend(qkv, context), residual)
+        norm = self._norm(self.mlp_norm)
+        x = linear.apply_normed(self.gate_up_proj, residual, norm, self.activation_name)
+        linear.apply_add_(self.down_proj, x, residual)
 
-        Takes the residual under the layer's first norm, as the linear method has it, and returns it
-        under the norm that follows the layer.
-        """
-        qkv = linear.apply_normed(self.qkv_proj, rows)
-        norm = self.norm(self.mlp_norm)
-        rows = linear.apply_add_(self.o_proj, self._attend(qkv, context), residual, norm)
-        x = linear.apply_normed(self.gate_up_proj, rows, self.activation_name)
-        return linear.apply_add_(self.down_proj, x, residual, following)
-
-    def norm(self, weight: torch.Tensor) -> kernels.RowNorm:
-        """A norm of this model with one of the layer's weights."""
+    def _norm(self, weight: torch.Tensor) -> kernels.RowNorm:
         return kernels.RowNorm(weight, self.eps, self.offset)
 
     def _attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -255,10 +245,8 @@ class Decoder:
         """
         residual = self.embed(batch.input_ids)
         if self._can_fuse and self.linear.fuses(len(residual)) and not self.adapters.active:
-            first, *norms = [layer.norm(layer.attention_norm) for layer in self.layers]
-            rows = self.linear.begin_normed(residual, first)
-            for layer, norm in zip(self.layers, [*norms, None], strict=True):
-                rows = layer.forward_fused(rows, residual, context, self.linear, norm)
+            for layer in self.layers:
+                layer.forward_fused(residual, context, self.linear)
             return residual
         apply: ApplyLinear = self.linear.apply
         apply_gated = self.linear.apply_gated if self.linear.gates(len(residual)) else None
@@ -283,8 +271,7 @@ class Decoder:
         if self.linear.fuses(len(hidden)):
             spec = self.spec
             norm = kernels.RowNorm(self.final_norm, spec.norm_eps, spec.norm_offset)
-            rows = self.linear.begin_normed(hidden, norm)
-            logits = self.linear.apply_normed(self.lm_head, rows)
+            logits = self.linear.apply_normed(self.lm_head, hidden, norm)
         else:
             logits = self.linear.apply(self.lm_head, self.normalize(hidden))
         cap = self.spec.logit_soft_cap

@@ -75,30 +75,22 @@ class LinearMethod(Component):
 
     def fuses(self, num_tokens: int) -> bool:
         """Whether the products of a step of so many tokens take the norm in front of them and what
-        follows them into their own launches; only then are the three methods below called."""
+        follows them into their own launches; only then are the two methods below called."""
         return False
 
-    def begin_normed(self, x: torch.Tensor, norm: kernels.RowNorm) -> Any:
-        """``x[T, H]`` under a norm, in the form that :meth:`apply_normed` takes."""
-        raise NotImplementedError
-
     def apply_normed(
-        self, layer: LinearLayer, rows: Any, activation: str | None = None
-    ) -> torch.Tensor:
-        """``apply`` of the norm of what :meth:`begin_normed` or :meth:`apply_add_` was given; with
-        an activation (``silu``, ``gelu_tanh``), that of the first half of the output times the
-        second half."""
-        raise NotImplementedError
-
-    def apply_add_(
         self,
         layer: LinearLayer,
         x: torch.Tensor,
-        residual: torch.Tensor,
-        norm: kernels.RowNorm | None,
-    ) -> Any:
-        """Add what ``apply`` gives to ``residual[T, out_features]`` in place, and return that under
-        the norm that follows, as :meth:`begin_normed` would; None without one."""
+        norm: kernels.RowNorm,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """``apply`` of the norm of ``x[T, in_features]``; with an activation (``silu``,
+        ``gelu_tanh``), that of the first half of the output times the second half."""
+        raise NotImplementedError
+
+    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add what ``apply`` gives to ``residual[T, out_features]`` in place."""
         raise NotImplementedError
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
