@@ -8,7 +8,8 @@ differs must lie within ``epsilon`` logits of the eager engine's own choice, whi
 is a tie. Prints the best known engine's figures on the same card and the floor of the memory and
 arithmetic that each load needs beside its own; where those come from stands in
 ``results/anchors/``. Everything else on the command line goes to Hydra, over ``preset=gpu`` or the
-preset that it names: ``preset=gpu_cascade workloads=shared_prefix`` reads shared prefixes once.
+preset that it names, with KV blocks of 64 tokens, which are cheaper to look up than the default's:
+``preset=gpu_cascade workloads=shared_prefix`` reads shared prefixes once.
 """
 
 from __future__ import annotations
@@ -303,6 +304,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("this experiment needs a CUDA device.")
     if not any(text.startswith("preset=") for text in overrides):
         overrides = ["preset=gpu", *overrides]
+    if not any(text.startswith("engine.kv_cache.block_size=") for text in overrides):
+        overrides = ["engine.kv_cache.block_size=64", *overrides]
     line = command.command_line("peak", arguments)
     environment = collect_environment("cuda")
     folder = Path(options.results_dir)

@@ -36,7 +36,7 @@ from workbench.engine.model_runner import ModelRunner, RunnerParts
 from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
 from workbench.models.decoder import Decoder
-from workbench.models.families import read_config, spec_from_hf
+from workbench.models.families import preload, read_config, spec_from_hf
 from workbench.models.loader import load_model
 from workbench.models.source import ModelSource
 from workbench.models.spec import ModelSpec
@@ -117,6 +117,7 @@ def build_engine(config: EngineConfig) -> Engine:
         A component cannot run this model on this machine; all reasons are named.
     """
     began = time.perf_counter()
+    preload()
     builder = Builder(config.components)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")

@@ -238,15 +238,17 @@ def as_model_name(text: str) -> str:
 
 
 def _check_clashes(composed: Composed) -> None:
-    filled: dict[str, str] = {}
+    filled: dict[str, Marker] = {}
     for marker in composed.techniques.values():
-        for slot in marker.slots:
-            if slot in filled:
+        for slot, option in marker.slots.items():
+            other = filled.setdefault(slot, marker)
+            # One may set options of what the one that it requires fills the slot with.
+            builds_on = other.name in marker.requires or marker.name in other.requires
+            if other is not marker and not (builds_on and other.slots[slot] == option):
                 raise ConfigError(
-                    f"techniques {filled[slot]!r} and {marker.name!r} both fill slot {slot!r}: "
+                    f"techniques {other.name!r} and {marker.name!r} both fill slot {slot!r}: "
                     "take one of them out of +technique=[...]."
                 )
-            filled[slot] = marker.name
     for marker in composed.techniques.values():
         for slot, option in marker.slots.items():
             chosen = composed.choices.get(f"engine/{slot}")
@@ -255,10 +257,10 @@ def _check_clashes(composed: Composed) -> None:
                     f"technique {marker.name!r} fills slot {slot!r} with {option!r}, but "
                     f"engine/{slot}={chosen} was asked for: drop one of the two."
                 )
-        for other in marker.conflicts:
-            if other in composed.techniques:
+        for name in marker.conflicts:
+            if name in composed.techniques:
                 raise ConfigError(
-                    f"techniques {marker.name!r} and {other!r} cannot run together: take one of "
+                    f"techniques {marker.name!r} and {name!r} cannot run together: take one of "
                     "them out of +technique=[...]."
                 )
 

@@ -24,9 +24,9 @@ from kernels.norm import RowNorm
 from kernels.triton import has_dependent_launch, num_multiprocessors
 from kernels.triton.activation import ACTIVATIONS, gate
 from kernels.triton.launch import Launcher, dependent_options, planned
+from kernels.triton.prefetch import PIECE, prefetch
 
 MAX_NORMED = 16384
-_PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ def gemv_kernel(
         w = tl.load(places, mask=(column < in_features)[None, :], other=0.0)
     if IS_DEPENDENT:
         if PREFETCHED > 0:
-            ahead = BLOCK_K + tl.arange(0, PREFETCHED * BLOCK_K // _PIECE) * _PIECE
-            ahead = tl.minimum(ahead, in_features - _PIECE)
-            _prefetch((weight + source.to(tl.int64) * weight_stride)[:, None] + ahead[None, :])
+            ahead = BLOCK_K + tl.arange(0, PREFETCHED * BLOCK_K // PIECE) * PIECE
+            ahead = tl.minimum(ahead, in_features - PIECE)
+            prefetch((weight + source.to(tl.int64) * weight_stride)[:, None] + ahead[None, :])
         gdc_wait()  # the launch before wrote x and the residual
     rstd = 1.0
     if norm_weight is not None:
@@ -166,20 +166,6 @@ def _load_row(
             values = values.to(dtype).to(tl.float32) * scale
         values = values.to(dtype).to(tl.float32)
     return values
-
-
-@triton.jit
-def _prefetch(place):
-    """Ask the L2 cache for ``_PIECE`` columns at each place: a hint that waits for nothing."""
-    SIZE: tl.constexpr = _PIECE * place.dtype.element_ty.primitive_bitwidth // 8
-    tl.inline_asm_elementwise(
-        "mov.u32 $0, 0; cp.async.bulk.prefetch.L2.global [$1], $2;",
-        "=r,l,r",
-        [place.to(tl.int64), tl.full(place.shape, SIZE, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def gemv(
@@ -274,10 +260,10 @@ def _gemv(
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
     can_prefetch = (
-        in_features % int(_PIECE.value) == 0
+        in_features % int(PIECE.value) == 0
         and weight.stride(0) % 16 == 0
         and is_aligned
-        and tiling.block_k % int(_PIECE.value) == 0
+        and tiling.block_k % int(PIECE.value) == 0
         and in_features > tiling.block_k
     )
     return Launcher(

@@ -38,9 +38,9 @@ from kernels.triton import (
 )
 from kernels.triton.activation import ACTIVATIONS, gate
 from kernels.triton.launch import Launcher, dependent_options, planned
+from kernels.triton.prefetch import PIECE, prefetch
 
 MAX_ROWS = 64
-_PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 _MERGED = tl.constexpr(4)  # pieces whose sums are read together
 _MIN_COUNTERS = 1 << 14
 _MIN_PARTS = 1 << 21  # fp32 values
@@ -212,22 +212,10 @@ def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATI
 
 @triton.jit
 def _prefetch(weight, weight_stride, source, first, stop, COLUMNS: tl.constexpr):
-    """Ask the L2 cache for columns from ``first`` on, ``COLUMNS`` and none from ``stop`` on.
-
-    It is a hint that waits for nothing, and takes nothing from what the L2 cache knows to be new.
-    """
-    column = first + tl.arange(0, COLUMNS // _PIECE) * _PIECE
-    column = tl.minimum(column, stop - _PIECE)
-    place = (weight + source.to(tl.int64) * weight_stride)[:, None] + column[None, :]
-    SIZE: tl.constexpr = _PIECE * weight.dtype.element_ty.primitive_bitwidth // 8
-    tl.inline_asm_elementwise(
-        "mov.u32 $0, 0; cp.async.bulk.prefetch.L2.global [$1], $2;",
-        "=r,l,r",
-        [place.to(tl.int64), tl.full(place.shape, SIZE, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    """Ask the L2 cache for columns from ``first`` on, ``COLUMNS`` and none from ``stop`` on."""
+    column = first + tl.arange(0, COLUMNS // PIECE) * PIECE
+    column = tl.minimum(column, stop - PIECE)
+    prefetch((weight + source.to(tl.int64) * weight_stride)[:, None] + column[None, :])
 
 
 def skinny_linear(
@@ -316,10 +304,10 @@ def _skinny(
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
     can_prefetch = (
-        in_features % int(_PIECE.value) == 0
+        in_features % int(PIECE.value) == 0
         and weight.stride(0) % 16 == 0
         and is_aligned
-        and tiling.block_k % int(_PIECE.value) == 0
+        and tiling.block_k % int(PIECE.value) == 0
     )
     return Launcher(
         skinny_gemm_kernel,

@@ -5,7 +5,9 @@ Adding one is a function from config to spec and an entry in ``FAMILIES``.
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +277,11 @@ def _config_class(model_type: str) -> Any:
         return transformers.CONFIG_MAPPING[model_type]
     finally:
         utils.auto_docstring = generate
+
+
+def preload() -> None:
+    """Begin to import what :func:`config_from_dict` needs, while the caller waits for a device."""
+    threading.Thread(target=lambda: importlib.import_module("transformers"), daemon=True).start()
 
 
 def read_config(source: Path | str | PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:
