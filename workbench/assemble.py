@@ -33,8 +33,10 @@ from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool, most_staging_bytes
 from workbench.engine.ledger import DeviceBooks, Ledger
 from workbench.engine.model_runner import ModelRunner, RunnerParts
+from workbench.engine.prepared_step import StepParts
 from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
+from workbench.engine.verify_step import VerifyStep
 from workbench.models.decoder import Decoder
 from workbench.models.families import read_config, spec_from_hf
 from workbench.models.loader import load_model
@@ -336,12 +338,18 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
-    step = None
+    decode_step = verify_step = None
     if graph_runner.prepares:
         driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
-        step = DecodeStep(
+        step_parts = StepParts(
             decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
         )
+        decode_step = DecodeStep(step_parts)
+        tokens_each = built["drafter"].num_lookahead_tokens + 1
+        if 1 < tokens_each < max_model_len:
+            size = min(graph_runner.largest_verify(attention, tokens_each), limits.max_num_seqs)
+            if size:
+                verify_step = VerifyStep(step_parts, built["verifier"], size, tokens_each)
     return ModelRunner(
         RunnerParts(
             model=decoder,
@@ -353,7 +361,8 @@ def _make_runner(
             sampler=built["sampler"],
             drafter=built["drafter"],
             verifier=built["verifier"],
-            decode_step=step,
+            decode_step=decode_step,
+            verify_step=verify_step,
         )
     )
 
@@ -388,9 +397,9 @@ def _profile(
 def _prepare_steps(builder: Builder, runner: ModelRunner) -> None:
     """Capture, and forget what was counted so far."""
     parts = runner.parts
-    if parts.decode_step is not None:
+    if parts.prepared_steps:
         with torch.inference_mode():
-            parts.graph_runner.capture(parts.decode_step)
+            parts.graph_runner.capture(parts.prepared_steps)
     for component in builder.built.values():
         component.reset_counters()
 

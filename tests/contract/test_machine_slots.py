@@ -12,6 +12,7 @@ from tests.helpers.engines import component
 from tests.helpers.interpreted import DEVICE
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError
+from workbench.slots.graph_runner import DECODE
 from workbench.slots.linear import LinearLayer
 from workbench.slots.platform import Platform
 
@@ -81,6 +82,8 @@ def test_parallel_on_one_process_sums_nothing(option: str) -> None:
 class CountingStep:
     """A step that counts its runs."""
 
+    kind = DECODE
+    tokens_each = 1
     forms = ()
 
     def __init__(self) -> None:
@@ -104,19 +107,19 @@ def test_graph_runner_has_room_for_whom_it_takes(option: str) -> None:
     if option != "eager" and runner.unsupported_reasons(platform, component("attention", "triton")):
         pytest.skip("it cannot run here")
     step = CountingStep()
-    assert runner.dispatch(1) is None, "nothing is prepared yet"
-    assert runner.trial_bytes(step) >= 0
-    assert runner.dispatch(1) is None, "a trial leaves nothing behind"
+    assert runner.dispatch(DECODE, 1) is None, "nothing is prepared yet"
+    assert runner.trial_bytes([step]) >= 0
+    assert runner.dispatch(DECODE, 1) is None, "a trial leaves nothing behind"
     step.sizes.clear()
-    runner.capture(step)
-    sizes = [runner.dispatch(n) for n in range(1, 22)]
+    runner.capture([step])
+    sizes = [runner.dispatch(DECODE, n) for n in range(1, 22)]
     assert sizes[20] is None, "more than the step holds"
     taken = [(n, size) for n, size in enumerate(sizes, start=1) if size is not None]
     assert all(n <= size <= 20 for n, size in taken)
     step.sizes.clear()
     runner.reset_counters()
     for _, size in taken:
-        runner.run(size)
+        runner.run(DECODE, size)
     counted = runner.replayed_counters().get("attention.decode_calls", 0)
     assert counted + 2 * len(step.sizes) == 2 * len(taken), "a step is counted, run or replayed"
 

@@ -102,10 +102,10 @@ def profile_steps(runner: ModelRunner, sizes: StepSizes, memory: DeviceMemory) -
     activations = memory.peak_reserved_bytes() - held
     memory.trim()
     graph_bytes = 0
-    if parts.decode_step is not None:
+    if parts.prepared_steps:
         allocated = memory.allocated_bytes()
         with torch.inference_mode():
-            graph_bytes = parts.graph_runner.trial_bytes(parts.decode_step)
+            graph_bytes = parts.graph_runner.trial_bytes(parts.prepared_steps)
         memory.trim()
         scratch += memory.allocated_bytes() - allocated
     used, reserved = memory.used_bytes(), memory.reserved_bytes()
