@@ -216,7 +216,8 @@ class CudaGraphRunner(GraphRunner):
         return {
             "graphs": len(self._graphs),
             "replays": sum(by_kind.values()),
-            **{f"{kind}_replays": replays for kind, replays in by_kind.items()},
+            "decode_replays": by_kind[DECODE],
+            "verify_replays": by_kind[VERIFY],
         }
 
     def reset_counters(self) -> None:
