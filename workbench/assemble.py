@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-import kernels
 from workbench.components import (
     SCHEDULER_SLOTS,
     SLOTS,
@@ -31,10 +30,12 @@ from workbench.core.memory import DeviceMemory, frozen_heap
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool, most_staging_bytes
-from workbench.engine.ledger import DeviceBooks, Ledger
+from workbench.engine.ledger import DeviceBooks, Ledger, load_libraries
 from workbench.engine.model_runner import ModelRunner, RunnerParts
+from workbench.engine.prepared_step import StepParts
 from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
+from workbench.engine.verify_step import VerifyStep
 from workbench.models.decoder import Decoder
 from workbench.models.families import preload, read_config, spec_from_hf
 from workbench.models.loader import load_model
@@ -122,7 +123,7 @@ def build_engine(config: EngineConfig) -> Engine:
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
     dtype = _resolve_dtype(config.dtype, platform)
-    _load_libraries(platform.device, dtype)
+    load_libraries(platform.device, dtype)
     probe = platform.memory_probe()
     probe.trim()
     base_bytes = probe.current_bytes()
@@ -338,12 +339,18 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
-    step = None
+    decode_step = verify_step = None
     if graph_runner.prepares:
         driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
-        step = DecodeStep(
+        step_parts = StepParts(
             decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
         )
+        decode_step = DecodeStep(step_parts)
+        tokens_each = built["drafter"].num_lookahead_tokens + 1
+        if 1 < tokens_each < max_model_len:
+            size = min(graph_runner.largest_verify(attention, tokens_each), limits.max_num_seqs)
+            if size:
+                verify_step = VerifyStep(step_parts, built["verifier"], size, tokens_each)
     return ModelRunner(
         RunnerParts(
             model=decoder,
@@ -355,7 +362,8 @@ def _make_runner(
             sampler=built["sampler"],
             drafter=built["drafter"],
             verifier=built["verifier"],
-            decode_step=step,
+            decode_step=decode_step,
+            verify_step=verify_step,
         )
     )
 
@@ -390,9 +398,9 @@ def _profile(
 def _prepare_steps(builder: Builder, runner: ModelRunner) -> None:
     """Capture, and forget what was counted so far."""
     parts = runner.parts
-    if parts.decode_step is not None:
+    if parts.prepared_steps:
         with torch.inference_mode():
-            parts.graph_runner.capture(parts.decode_step)
+            parts.graph_runner.capture(parts.prepared_steps)
     for component in builder.built.values():
         component.reset_counters()
 
@@ -448,14 +456,6 @@ def _build_scheduler(builder: Builder, limits: Limits, max_model_len: int) -> Sc
     )
     scheduler: Scheduler = builder.build("scheduler", parts=parts)
     return scheduler
-
-
-def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Make math libraries and compiled kernels load now, so that ``base_bytes`` counts them."""
-    x = torch.ones(64, 64, dtype=dtype, device=device)
-    kernels.apply_linear(kernels.pack_linear(x.clone(), None, 1), x)
-    kernels.rms_norm(x, x[0], 1e-6)
-    kernels.argmax(x)
 
 
 def _require(reasons: list[str], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Steps of single tokens as CUDA graphs."""
+"""Steps of single tokens, and steps that verify drafts, as CUDA graphs."""
 
 from techniques.cuda_graphs.runner import CudaGraphConfig, CudaGraphRunner
 

@@ -1,20 +1,20 @@
-"""Captures steps of single tokens in CUDA graphs, one a padded size and form, and replays them."""
+"""Captures steps in CUDA graphs, one a kind, padded size and form, and replays them."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels.triton import compiled_together
 from workbench.core.errors import ConfigError
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, CudaGraphSupport
-from workbench.slots.graph_runner import DecodeStep, GraphRunner
+from workbench.slots.graph_runner import DECODE, VERIFY, GraphRunner, PreparedStep
 from workbench.slots.platform import Platform
 
 #: Sizes beside the largest by which the memory of all is estimated.
@@ -28,22 +28,34 @@ class CudaGraphConfig:
     Attributes
     ----------
     max_size
-        Most requests of a captured step; larger ones are launched op by op. 0: as many as may run.
+        Most requests of a captured step of single tokens; larger ones are launched op by op. 0: as
+        many as may run.
     granularity
         Sizes above it are its multiples; below it, they are powers of two.
+    max_verify_tokens
+        Most tokens, padding included, of a captured step that verifies drafts; 0 captures none.
+        Padding costs little while a step's time is that of reading the weights.
+    verify_granularity
+        As ``granularity``, of steps that verify drafts.
     """
 
     max_size: int = 0
     granularity: int = 8
+    max_verify_tokens: int = 256
+    verify_granularity: int = 16
 
 
-#: Size and form of a prepared step.
-_Key = tuple[int, str]
+class _Key(NamedTuple):
+    """Of a prepared step."""
+
+    kind: str
+    size: int
+    form: str
 
 
 class CudaGraphRunner(GraphRunner):
-    """One CUDA graph a size and form, all in one memory pool; larger ones are captured first, so
-    that the smaller ones find their memory there.
+    """One CUDA graph a kind of step, size and form, all in one memory pool; those of more tokens
+    are captured first, so that the smaller ones find their memory there.
 
     A replay launches a whole step by one call. Everything that it reads lies in buffers and tables
     on the device, so nothing has to be set up for it but the rows that run.
@@ -59,11 +71,18 @@ class CudaGraphRunner(GraphRunner):
                 f"engine.graph_runner.max_size={self.config.max_size} must not be negative, and "
                 f"engine.graph_runner.granularity={self.config.granularity} must be positive."
             )
+        if self.config.max_verify_tokens < 0 or self.config.verify_granularity < 1:
+            raise ConfigError(
+                f"engine.graph_runner.max_verify_tokens={self.config.max_verify_tokens} must not "
+                "be negative (0 captures no step that verifies drafts), and "
+                f"verify_granularity={self.config.verify_granularity} must be positive."
+            )
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         #: What components count in one step.
         self._counts: dict[_Key, dict[str, float]] = {}
         self._replays: dict[_Key, int] = {}
-        self._size_of: dict[str, list[int]] = {}  # by form, then by number of requests
+        #: By kind and form, then by number of requests.
+        self._size_of: dict[tuple[str, str], list[int]] = {}
         self._num_bytes = 0
         #: One for all captures: libraries keep workspaces by stream.
         self._stream: torch.cuda.Stream | None = None
@@ -79,64 +98,80 @@ class CudaGraphRunner(GraphRunner):
             )
         return reasons
 
-    def _keys(self, step: DecodeStep) -> list[_Key]:
-        """Sizes of all forms, ascending."""
-        return sorted((size, form) for form, sizes in self._sizes(step).items() for size in sizes)
+    def largest_verify(self, attention: AttentionBackend, tokens_each: int) -> int:
+        if attention.cudagraph_support < CudaGraphSupport.UNIFORM_BATCH:
+            return 0
+        return self.config.max_verify_tokens // tokens_each
 
-    def _sizes(self, step: DecodeStep) -> dict[str, list[int]]:
+    def _keys(self, steps: Sequence[PreparedStep]) -> list[tuple[PreparedStep, _Key]]:
+        """All kinds, sizes and forms with their steps, those of fewest tokens first."""
+        keys = [
+            (step, _Key(step.kind, size, form))
+            for step in steps
+            for form, sizes in self._sizes(step).items()
+            for size in sizes
+        ]
+        return sorted(keys, key=lambda k: (k[1].size * k[0].tokens_each, k[1].size, k[1].form))
+
+    def _sizes(self, step: PreparedStep) -> dict[str, list[int]]:
         """Sizes of each form, ascending."""
-        largest = min(self.config.max_size or step.max_size, step.max_size)
-        sizes = {PLAIN_FORM: capture_sizes(largest, self.config.granularity)}
+        config = self.config
+        if step.kind == VERIFY:
+            return {PLAIN_FORM: capture_sizes(step.max_size, config.verify_granularity)}
+        largest = min(config.max_size or step.max_size, step.max_size)
+        sizes = {PLAIN_FORM: capture_sizes(largest, config.granularity)}
         for extra in step.forms:
             few = range(extra.granularity, largest, extra.granularity)
             sizes[extra.name] = [*few, largest]
         return sizes
 
-    def trial_bytes(self, step: DecodeStep) -> int:
-        """By the largest size, which brings its activations, and some of the others, which find
-        theirs there and bring what the driver keeps of a graph."""
-        largest, *others = reversed(self._keys(step))
+    def trial_bytes(self, steps: Sequence[PreparedStep]) -> int:
+        """By the step of most tokens, which brings its activations, and some of the others, which
+        find theirs there and bring what the driver keeps of a graph."""
+        largest, *others = reversed(self._keys(steps))
         some = others[:: -(-len(others) // _TRIALS)] if others else []
         with self._capturing():  # so that what is taken once, such as workspaces, is there
-            self._compile(step)
-            for key in (largest, *some):
-                step.run(*key)
+            self._compile(steps)
+            for step, key in (largest, *some):
+                step.run(key.size, key.form)
         before = _used_bytes()
         pool = torch.cuda.graph_pool_handle()
         with self._capturing():
-            self._capture(step, largest, pool)
+            self._capture(*largest, pool)
         first = _used_bytes()
         with self._capturing():
-            for key in some:
+            for step, key in some:
                 self._capture(step, key, pool)
         rest = _used_bytes() - first
         self._graphs, self._counts, self._replays = {}, {}, {}
         with self._capturing():
-            step.run(*self._keys(step)[0])  # lets go of the logits of the last capture
+            step, key = self._keys(steps)[0]
+            step.run(key.size, key.form)  # lets go of the logits of the last capture
         return max(0, first - before) + max(0, rest) * len(others) // max(1, len(some))
 
-    def capture(self, step: DecodeStep) -> None:
+    def capture(self, steps: Sequence[PreparedStep]) -> None:
         before = _used_bytes()
         pool = torch.cuda.graph_pool_handle()
         with self._capturing():
-            self._compile(step)
-            for key in reversed(self._keys(step)):
+            self._compile(steps)
+            for step, key in reversed(self._keys(steps)):
                 self._capture(step, key, pool)
         self._num_bytes = max(0, _used_bytes() - before)
-        for form, sizes in self._sizes(step).items():
-            size_of = self._size_of[form] = [sizes[0]]
-            for smaller, size in pairwise([0, *sizes]):
-                size_of += [size] * (size - smaller)
+        for step in steps:
+            for form, sizes in self._sizes(step).items():
+                size_of = self._size_of[step.kind, form] = [sizes[0]]
+                for smaller, size in pairwise([0, *sizes]):
+                    size_of += [size] * (size - smaller)
 
-    def compile(self, step: DecodeStep) -> None:
+    def compile(self, steps: Sequence[PreparedStep]) -> None:
         with self._capturing():
-            self._compile(step)
+            self._compile(steps)
 
-    def _compile(self, step: DecodeStep) -> None:
+    def _compile(self, steps: Sequence[PreparedStep]) -> None:
         """Compile the Triton kernels of all sizes; what these runs compute is never read."""
         with compiled_together():
-            for key in self._keys(step):
-                step.run(*key)
+            for step, key in self._keys(steps):
+                step.run(key.size, key.form)
 
     @contextlib.contextmanager
     def _capturing(self) -> Iterator[None]:
@@ -154,13 +189,14 @@ class CudaGraphRunner(GraphRunner):
                 gc.enable()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _capture(self, step: DecodeStep, key: _Key, pool: Any) -> None:
-        step.run(*key)  # compiles what is left, and makes libraries allocate what they keep
+    def _capture(self, step: PreparedStep, key: _Key, pool: Any) -> None:
+        # Compiles what is left, and makes libraries allocate what they keep.
+        step.run(key.size, key.form)
         before = step.counters()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool)
         try:
-            step.run(*key)
+            step.run(key.size, key.form)
         finally:
             graph.capture_end()
         counted = step.counters()
@@ -168,16 +204,25 @@ class CudaGraphRunner(GraphRunner):
         self._graphs[key] = graph
         self._replays[key] = 0
 
-    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        size_of = self._size_of.get(form, [])
+    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        size_of = self._size_of.get((kind, form), [])
         return size_of[num_requests] if num_requests < len(size_of) else None
 
-    def run(self, size: int, form: str = PLAIN_FORM) -> None:
-        self._graphs[size, form].replay()
-        self._replays[size, form] += 1
+    def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
+        key = _Key(kind, size, form)
+        self._graphs[key].replay()
+        self._replays[key] += 1
 
     def counters(self) -> dict[str, float]:
-        return {"graphs": len(self._graphs), "replays": sum(self._replays.values())}
+        by_kind = dict.fromkeys((DECODE, VERIFY), 0)
+        for key, replays in self._replays.items():
+            by_kind[key.kind] += replays
+        return {
+            "graphs": len(self._graphs),
+            "replays": sum(by_kind.values()),
+            "decode_replays": by_kind[DECODE],
+            "verify_replays": by_kind[VERIFY],
+        }
 
     def reset_counters(self) -> None:
         self._replays = dict.fromkeys(self._replays, 0)

@@ -17,11 +17,13 @@ class ExactMatch(Verifier):
     """
 
     losslessness = "exact"
+    is_greedy_match = True
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
         # Verifications, verified and accepted tokens, summed on the device.
         self._totals: torch.Tensor | None = None
+        self._prepared = [0, 0, 0]  # the same of prepared steps, known on the host
 
     def verify(
         self,
@@ -48,9 +50,14 @@ class ExactMatch(Verifier):
         step = torch.stack([is_draft.any(1).sum(), is_draft.sum(), num_accepted.sum()])
         self._totals = step if self._totals is None else self._totals + step
 
+    def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
+        step = (sum(n > 0 for n in num_drafts), sum(num_drafts), sum(num_accepted))
+        self._prepared = [a + b for a, b in zip(self._prepared, step, strict=True)]
+
     def counters(self) -> dict[str, float]:
+        own = [0, 0, 0] if self._totals is None else self._totals.tolist()
         verifications, verified, accepted = (
-            (0, 0, 0) if self._totals is None else self._totals.tolist()
+            a + b for a, b in zip(own, self._prepared, strict=True)
         )
         return {
             "verifications": verifications,
@@ -63,3 +70,4 @@ class ExactMatch(Verifier):
 
     def reset_counters(self) -> None:
         self._totals = None
+        self._prepared = [0, 0, 0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from tests.helpers.engines import component
 from tests.helpers.interpreted import DEVICE
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError
+from workbench.slots.graph_runner import DECODE, VERIFY
 from workbench.slots.linear import LinearLayer
 from workbench.slots.platform import Platform
 
@@ -83,7 +87,8 @@ class CountingStep:
 
     forms = ()
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = DECODE, tokens_each: int = 1) -> None:
+        self.kind, self.tokens_each = kind, tokens_each
         self.sizes: list[int] = []
 
     @property
@@ -104,21 +109,82 @@ def test_graph_runner_has_room_for_whom_it_takes(option: str) -> None:
     if option != "eager" and runner.unsupported_reasons(platform, component("attention", "triton")):
         pytest.skip("it cannot run here")
     step = CountingStep()
-    assert runner.dispatch(1) is None, "nothing is prepared yet"
-    assert runner.trial_bytes(step) >= 0
-    assert runner.dispatch(1) is None, "a trial leaves nothing behind"
+    assert runner.dispatch(DECODE, 1) is None, "nothing is prepared yet"
+    assert runner.trial_bytes([step]) >= 0
+    assert runner.dispatch(DECODE, 1) is None, "a trial leaves nothing behind"
     step.sizes.clear()
-    runner.capture(step)
-    sizes = [runner.dispatch(n) for n in range(1, 22)]
+    runner.capture([step])
+    sizes = [runner.dispatch(DECODE, n) for n in range(1, 22)]
     assert sizes[20] is None, "more than the step holds"
     taken = [(n, size) for n, size in enumerate(sizes, start=1) if size is not None]
     assert all(n <= size <= 20 for n, size in taken)
     step.sizes.clear()
     runner.reset_counters()
     for _, size in taken:
-        runner.run(size)
+        runner.run(DECODE, size)
     counted = runner.replayed_counters().get("attention.decode_calls", 0)
     assert counted + 2 * len(step.sizes) == 2 * len(taken), "a step is counted, run or replayed"
+
+
+class RecordedGraph:
+    """In place of a CUDA graph: which they are, in the order of their captures, and replays."""
+
+    made: ClassVar[list[RecordedGraph]] = []
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+        self.made.append(self)
+
+    def capture_begin(self, pool: object) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None:
+        self.num_replays += 1
+
+
+def test_kinds_of_steps_are_captured_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of most tokens first, each kind in sizes of its own, and told apart in the counters."""
+    monkeypatch.setattr(RecordedGraph, "made", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("techniques.cuda_graphs.runner._used_bytes", lambda: 0)
+    monkeypatch.setattr(CudaGraphRunner, "_capturing", lambda _: contextlib.nullcontext())
+    runner = CudaGraphRunner(CudaGraphConfig(verify_granularity=4))
+    single, drafts = CountingStep(), CountingStep(VERIFY, tokens_each=5)
+    assert runner.trial_bytes([single, drafts]) == 0
+    single.sizes.clear(), drafts.sizes.clear()
+    runner.capture([single, drafts])
+    of_single, of_drafts = [1, 2, 4, 8, 16, 20], [1, 2, 4, 8, 12, 16, 20]
+    assert [runner.dispatch(DECODE, n) for n in of_single] == of_single
+    assert [runner.dispatch(VERIFY, n) for n in (1, 3, 9, 20, 21)] == [1, 4, 12, 20, None]
+    # Each compiles, warms up and is captured.
+    assert sorted(single.sizes) == sorted(3 * of_single)
+    assert sorted(drafts.sizes) == sorted(3 * of_drafts)
+    tokens = sorted([*of_single, *(5 * size for size in of_drafts)], reverse=True)
+    by_graph = {id(g): key for key, g in runner._graphs.items()}
+    captured = [by_graph[id(g)] for g in RecordedGraph.made[-len(by_graph) :]]
+    assert [k.size * (5 if k.kind == VERIFY else 1) for k in captured] == tokens
+    runner.run(DECODE, 16)
+    for _ in range(2):
+        runner.run(VERIFY, 16)
+    replayed = {by_graph[id(g)][:2]: g.num_replays for g in RecordedGraph.made if g.num_replays}
+    assert replayed == {(DECODE, 16): 1, (VERIFY, 16): 2}
+    counters = runner.counters()
+    assert counters == {
+        "graphs": 13, "replays": 3, "decode_replays": 1, "verify_replays": 2
+    }  # fmt: skip
+    runner.reset_counters()
+    assert runner.counters()["replays"] == 0
+
+
+def test_drafts_are_captured_where_attention_takes_them() -> None:
+    runner = CudaGraphRunner(CudaGraphConfig(max_verify_tokens=100))
+    assert runner.largest_verify(component("attention", "triton"), 9) == 11
+    assert runner.largest_verify(component("attention", "cascade"), 9) == 0
+    assert runner.largest_verify(component("attention", "triton"), 101) == 0
+    with pytest.raises(ConfigError, match=r"engine\.graph_runner\.max_verify_tokens=-1"):
+        CudaGraphRunner(CudaGraphConfig(max_verify_tokens=-1))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

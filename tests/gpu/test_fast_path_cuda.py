@@ -2,6 +2,7 @@
 
 python -m pytest tests/gpu/test_fast_path_cuda.py     # checks
 PYTHONPATH=. python tests/gpu/test_fast_path_cuda.py  # the same, where there is no pytest
+PYTHONPATH=. python tests/gpu/test_fast_path_cuda.py "drafts, never waits"  # some, by their names
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 
 from tests.helpers.gpu_checks import run_as_program, run_under_pytest
+from tests.helpers.recalling import RecallingDrafter
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits, build_engine
 from workbench.configuration import compose_config, engine_config
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
+from workbench.slots.graph_runner import DECODE, VERIFY
 
 FAST = ("preset=gpu",)
 UNOVERLAPPED = (
@@ -39,6 +42,16 @@ UNOVERLAPPED_SHARING = (
     "+technique=[continuous_batching,paged_attention,radix_cache,cascade_attention,cuda_graphs,"
     "fused_kernels]",
     *CASCADE,
+)
+SPECULATING = (
+    "engine/platform=cuda",
+    "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention,cuda_graphs,"
+    "fused_kernels,skinny_gemm,spec_decode]",
+)
+RECALLED = (
+    *SPECULATING,
+    "engine.drafter._target_=tests.helpers.recalling.RecallingDrafter",
+    "engine.drafter.num_draft_tokens=5",
 )
 FORMS = ("", "cascade")
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -68,6 +81,16 @@ def sharing_prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[i
     return [rng.choice(stems) + draw(rng.randint(1, 30)) for _ in range(count)]
 
 
+def repeating_prompts_of(engine: Engine, count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts that say a few tokens over and over, so that look-ups find drafts."""
+    rng = random.Random(seed)
+    vocab = engine.parts.vocab_size
+    return [
+        [rng.randrange(vocab) for _ in range(rng.randint(1, 6))] * rng.randint(4, 9)
+        for _ in range(count)
+    ]
+
+
 def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
     """From the same tables, launched op by op and replayed: ids, logits, KV and tables agree."""
     engine = engine_of(*(UNOVERLAPPED_SHARING if form else UNOVERLAPPED), dtype=dtype)
@@ -86,7 +109,7 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
             tensor.copy_(old)
         with torch.inference_mode():
             if is_replay:
-                runner.parts.graph_runner.run(8, form)
+                runner.parts.graph_runner.run(DECODE, 8, form)
             else:
                 step.run(8, form)
         torch.cuda.synchronize()
@@ -103,19 +126,79 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
         assert engine.counters()["attention.prefix_groups"] > 0, "the form was never chosen"
 
 
-def check_tokens_under_traffic(shares: bool = False) -> None:
+def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
+    """The same of a step of drafts, of which there are from none to as many as may be."""
+    engine = engine_of(*SPECULATING, dtype=dtype)
+    runner = engine.parts.executor.runner  # type: ignore[attr-defined]
+    step, table, pool = runner.parts.verify_step, runner.table, runner.parts.pool
+    prompts = [prompt * 3 + [5] * 9 for prompt in repeating_prompts_of(engine, 6, seed=6)]
+    engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
+    prompts = [prompt[:40] for prompt in prompts]
+    for index, prompt in enumerate(prompts):
+        engine.add_request(prompt, SamplingParams(max_tokens=30, ignore_eos=True), f"r{index}")
+    for _ in range(3):
+        engine.step()
+    most = step.tokens_each - 1
+    counts = [0, 1, 2, most // 2, most - 1, most]
+    rng = random.Random(2)
+    for index, count in enumerate(counts):
+        row = table.row_of[f"r{index}"]
+        known = int(table.num_computed_tokens[row]) + 1
+        drafts = [rng.randrange(engine.parts.vocab_size) for _ in range(count)]
+        table.token_ids[row, known : known + count] = torch.tensor(drafts, dtype=torch.int32)
+        step.places[index] = torch.tensor([row, count])
+    step.places[len(counts) : 8] = torch.tensor([table.padding_row, 0])
+    state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
+    before = [t.clone() for t in state]
+
+    def run(is_replay: bool) -> list[torch.Tensor]:
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(old)
+        with torch.inference_mode():
+            if is_replay:
+                runner.parts.graph_runner.run(VERIFY, 8)
+            else:
+                step.run(8)
+        torch.cuda.synchronize()
+        pools = [t[: pool.num_blocks].clone() for t in state[2:]]
+        logits = step.logits[8, ""].clone()
+        return [step.new_ids[:8].clone(), logits, *(t.clone() for t in state[:2]), *pools]
+
+    # With the drafts at random, and then with what was drawn in their place: one more holds.
+    for _ in range(most + 1):
+        found = [run(is_replay) for is_replay in (False, True)]
+        for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
+            assert torch.equal(eager, replayed), f"tensor {place} differs ({dtype})"
+        assert not torch.equal(found[0][3], before[1]), "the step did nothing"
+        assert torch.equal(found[0][2][table.padding_row], before[0][table.padding_row])
+        for index, count in enumerate(counts):
+            row = table.row_of[f"r{index}"]
+            known = int(before[1][row]) + 1
+            new = [t for t in found[0][0][index].tolist() if t >= 0][:count]
+            before[0][row, known : known + len(new)] = torch.tensor(new, dtype=torch.int32)
+    accepted = [(found[1][0][i] >= 0).sum().item() - 1 for i in range(len(counts))]
+    assert accepted == counts, f"accepted {accepted} of {counts} right drafts ({dtype})"
+
+
+def check_tokens_under_traffic(shares: bool = False, drafter: tuple[str, ...] = ()) -> None:
     """Arrivals, stops and aborts at random: the fast engine's tokens are the plain one's, fp32."""
     plain = engine_of(*PLAIN)
     prompts = sharing_prompts_of(plain, 60, seed=3) if shares else prompts_of(plain, 30, seed=3)
+    if drafter:
+        prompts[::2] = repeating_prompts_of(plain, len(prompts[::2]), seed=3)
     alone = [o.token_ids for o in plain.generate(prompts, GREEDY)]
-    fast = engine_of(*(SHARING if shares else FAST))
+    fast = engine_of(*(drafter or (SHARING if shares else FAST)))
+    if isinstance(fast.parts.components["drafter"], RecallingDrafter):
+        answers = [prompt + tokens for prompt, tokens in zip(prompts, alone, strict=True)]
+        fast.parts.components["drafter"].answers = answers
     rng = random.Random(5)
     stops = [rng.choice(tokens) if rng.random() < 0.4 else None for tokens in alone]
     got: dict[str, list[int]] = {}
     waiting = list(range(len(prompts)))
     aborted: set[str] = set()
+    fewest = -12 if drafter else 0  # requests that speculate end soon: steps without a prompt
     while waiting or fast.has_unfinished():
-        for _ in range(12 if len(waiting) == len(prompts) else rng.randint(0, 4)):
+        for _ in range(12 if len(waiting) == len(prompts) else rng.randint(fewest, 4)):
             if waiting:
                 i = waiting.pop(0)
                 stop = [] if stops[i] is None else [stops[i]]
@@ -137,7 +220,14 @@ def check_tokens_under_traffic(shares: bool = False) -> None:
         ties += mine != wanted
     assert ties <= 1, f"{ties} of {len(alone)} requests differ; near-ties of fp32 are rare"
     counters = fast.counters()
-    assert counters["graph_runner.replays"] > 20 and counters["loop.steps_ahead"] > 20
+    assert counters["graph_runner.replays"] > 20
+    assert drafter or counters["loop.steps_ahead"] > 20
+    if drafter:
+        assert counters["graph_runner.verify_replays"] > 5
+        assert counters["verifier.accepted_tokens"] > 20
+        # But for steps with somebody who has fewer tokens than a place.
+        modes = [s.graph_mode for s in fast.steps if not s.num_prompt_tokens]
+        assert modes.count("graph") > 2 * modes.count("eager"), f"replayed: {modes}"
     if shares:
         replayed = fast.parts.graph_runner._replays  # type: ignore[attr-defined]
         by_form = {form: sum(n for (_, f), n in replayed.items() if f == form) for form in FORMS}
@@ -151,25 +241,34 @@ def check_tokens_under_traffic(shares: bool = False) -> None:
 def check_the_steady_path_never_waits() -> None:
     """No operation that waits for the device: tokens are read through an event alone."""
     for overrides in (UNOVERLAPPED, FAST, SHARING):
-        engine = engine_of(*overrides, max_model_len=192)
-        params = SamplingParams(max_tokens=60, ignore_eos=True)
-        prompts = sharing_prompts_of(engine, 9) if overrides is SHARING else prompts_of(engine, 9)
-        for index, prompt in enumerate(prompts):
-            engine.add_request(prompt, params, f"r{index}")
-        for _ in range(5):
+        never_waits(overrides)
+
+
+def never_waits(overrides: tuple[str, ...]) -> None:
+    """Of an engine with these overrides."""
+    engine = engine_of(*overrides, max_model_len=192)
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    prompts = sharing_prompts_of(engine, 9) if overrides is SHARING else prompts_of(engine, 9)
+    if overrides is SPECULATING:
+        prompts = repeating_prompts_of(engine, 9)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(prompt, params, f"r{index}")
+    for _ in range(5):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
             engine.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(20):
-                engine.step()
-            # Somebody new joins: prompts run op by op, and still nobody waits.
-            engine.add_request(list(range(5, 45)), params, "late")
-            for _ in range(20):
-                engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        while engine.has_unfinished():
+        # Somebody new joins: prompts run op by op, and still nobody waits.
+        engine.add_request(list(range(5, 45)), params, "late")
+        for _ in range(20):
             engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while engine.has_unfinished():
+        engine.step()
+    if overrides is SPECULATING:
+        assert engine.counters()["graph_runner.verify_replays"] > 0
 
 
 def check_memory_does_not_grow(num_requests: int = 10_000) -> None:
@@ -200,6 +299,11 @@ CHECKS: dict[str, Any] = {
     "replay is the step, groups, bf16": lambda: check_a_replay_is_the_step_bit_for_bit(
         "bfloat16", "cascade"
     ),
+    "drafts, replay is the step, fp32": lambda: check_a_replay_verifies_bit_for_bit("float32"),
+    "drafts, replay is the step, bf16": lambda: check_a_replay_verifies_bit_for_bit("bfloat16"),
+    "drafts, tokens under traffic": lambda: check_tokens_under_traffic(drafter=RECALLED),
+    "drafts, tokens under traffic, ngram": lambda: check_tokens_under_traffic(drafter=SPECULATING),
+    "drafts, never waits": lambda: never_waits(SPECULATING),
     "tokens under traffic": check_tokens_under_traffic,
     "tokens under traffic that shares": lambda: check_tokens_under_traffic(shares=True),
     "never waits": check_the_steady_path_never_waits,

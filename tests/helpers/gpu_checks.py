@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,9 +23,16 @@ def run_under_pytest(checks: Checks) -> None:
 
 
 def run_as_program(checks: Checks) -> int:
-    """Every check, a line each; the exit status is 1 where one failed."""
+    """The checks that the command line names, or all, a line each; the exit status is 1 where one
+    failed, and 2 where there is none of a name."""
+    named = sys.argv[1:] or list(checks)
+    unknown = [name for name in named if name not in checks]
+    if unknown:
+        print(f"no check is called {', '.join(unknown)}: there are {', '.join(checks)}")
+        return 2
     failed = False
-    for name, check in checks.items():
+    for name in named:
+        check = checks[name]
         began, verdict = time.perf_counter(), "ok"
         try:
             check()

@@ -1,7 +1,8 @@
-"""Prepared steps of single tokens without CUDA graphs: padded as those are, run by a call."""
+"""Prepared steps without CUDA graphs: padded as those are, run by a call."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from workbench.slots.attention import (
     AttentionLayer,
     CudaGraphSupport,
 )
-from workbench.slots.graph_runner import DecodeStep, GraphRunner
+from workbench.slots.graph_runner import GraphRunner, PreparedStep
 from workbench.slots.kv_pool import KVPool
 
 #: Overrides that make an engine run prepared steps on any device, with attention that can.
@@ -27,35 +28,40 @@ PREPARED = (
 
 
 class CallingRunner(GraphRunner):
-    """Runs the step where a graph would be replayed, in sizes of three and its multiples."""
+    """Runs a step where a graph would be replayed, in sizes of three and its multiples."""
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        self._step: DecodeStep | None = None
+        self._steps: dict[str, PreparedStep] = {}
         self.sizes: list[int] = []
         self.forms: list[str] = []
+        self.kinds: list[str] = []
 
-    def capture(self, step: DecodeStep) -> None:
-        self._step = step
-        for form in (PLAIN_FORM, *(form.name for form in step.forms)):
-            step.run(step.max_size, form)  # as a capture does, on padding alone
+    def largest_verify(self, attention: AttentionBackend, tokens_each: int) -> int:
+        return 1000 if attention.cudagraph_support >= CudaGraphSupport.UNIFORM_BATCH else 0
 
-    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        if self._step is None:
+    def capture(self, steps: Sequence[PreparedStep]) -> None:
+        self._steps = {step.kind: step for step in steps}
+        for step in steps:
+            for form in (PLAIN_FORM, *(form.name for form in step.forms)):
+                step.run(step.max_size, form)  # as a capture does, on padding alone
+
+    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        if kind not in self._steps:
             return None
-        return min(-(-num_requests // 3) * 3, self._step.max_size)
+        return min(-(-num_requests // 3) * 3, self._steps[kind].max_size)
 
-    def run(self, size: int, form: str = PLAIN_FORM) -> None:
-        assert self._step is not None
+    def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
+        self.kinds.append(kind)
         self.sizes.append(size)
         self.forms.append(form)
-        self._step.run(size, form)
+        self._steps[kind].run(size, form)
 
     def counters(self) -> dict[str, float]:
         return {"replays": len(self.sizes)}
 
     def reset_counters(self) -> None:
-        self.sizes, self.forms = [], []
+        self.sizes, self.forms, self.kinds = [], [], []
 
 
 class DeviceAttention(AttentionBackend):

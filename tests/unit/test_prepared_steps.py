@@ -94,10 +94,3 @@ def test_padding_writes_to_the_trash_block_and_to_no_row() -> None:
     for was, now in zip(before, (*tensors, *blocks), strict=True):
         assert torch.equal(was, now)
     assert step.batch(5).seq_lens.tolist() == [1] * 5
-
-
-def test_a_drafter_keeps_steps_unprepared() -> None:
-    engine = tiny_engine(*PREPARED, "engine/drafter=ngram", "engine/verifier=exact_match")
-    prompt = [5, 6, 7, 8] * 6
-    engine.generate(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
-    assert not runner_of(engine).sizes

@@ -104,8 +104,10 @@ def test_any_elaborate_row_is_noticed(fields: dict[str, Any]) -> None:
 def test_drafts_stand_behind_the_known_tokens_and_fit_at_the_very_end() -> None:
     table = make_table(length=20, lookahead=4)
     row = table.add(new_request("r", list(range(20))))
-    table.write_drafts(row, [91, 92, 93, 94])
-    table.write_drafts(row, [])
+    other = table.add(new_request("other", [1, 2]))
+    table.write_drafts(np.array([row, other]), [[91, 92, 93, 94], [81]])
+    table.write_drafts(np.array([row]), [[]])
+    assert table.token_ids[other, :4].tolist() == [1, 2, 81, 0]
     assert table.token_ids[row, 20:24].tolist() == [91, 92, 93, 94]
     assert table.known_tokens(row).tolist() == list(range(20))
     assert table.trash_column == 24

@@ -39,15 +39,17 @@ _COUNTS = {
 
 
 def kind_of(step: StepRecord) -> str:
-    """``verify`` (drafts), ``decode`` (single tokens; with the size of its graph, if it has one),
-    ``mixed`` (prompts beside single tokens) or ``prefill``."""
+    """``verify`` (drafts), ``decode`` (single tokens), ``mixed`` (prompts beside single tokens) or
+    ``prefill``; with the tokens of its graph, padding included, if it has one."""
     if step.num_draft_tokens:
-        return "verify"
-    if step.num_scheduled_tokens == step.num_requests:
-        if step.graph_mode == "eager":
-            return "decode"
-        return f"decode {step.graph_mode} {step.num_requests + step.num_padded_tokens}"
-    return "mixed" if step.num_single_tokens else "prefill"
+        kind = "verify"
+    elif step.num_scheduled_tokens == step.num_requests:
+        kind = "decode"
+    else:
+        kind = "mixed" if step.num_single_tokens else "prefill"
+    if step.graph_mode == "eager":
+        return kind
+    return f"{kind} {step.graph_mode} {step.num_scheduled_tokens + step.num_padded_tokens}"
 
 
 def summarize(steps: Sequence[StepRecord]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+import kernels
 from workbench.core.backend import MemoryLedger
 from workbench.core.memory import DeviceMemory, MemoryProbe
 from workbench.slots.kv_cache import KVUsage
@@ -31,6 +34,14 @@ class Prediction:
     def by_use(self) -> dict[str, int]:
         """All of it."""
         return {**self.held, "activations": self.activations, "graphs": self.graphs}
+
+
+def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Make math libraries and compiled kernels load now, so that ``base_bytes`` counts them."""
+    x = torch.ones(64, 64, dtype=dtype, device=device)
+    kernels.apply_linear(kernels.pack_linear(x.clone(), None, 1), x)
+    kernels.rms_norm(x, x[0], 1e-6)
+    kernels.argmax(x)
 
 
 class DeviceBooks:

@@ -16,9 +16,11 @@ from workbench.core.step import (
 )
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.host_pool import HostPool
+from workbench.engine.prepared_step import PreparedRun, PreparedStep
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
+from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import AttentionBackend, ForwardContext
 from workbench.slots.drafter import DraftContext, Drafter
 from workbench.slots.graph_runner import GraphRunner
@@ -52,8 +54,14 @@ class RunnerParts:
     sampler: Sampler
     drafter: Drafter
     verifier: Verifier
-    #: What the graph runner prepared; None where it prepared nothing.
+    #: What the graph runner prepares; None where it does not.
     decode_step: DecodeStep | None = None
+    verify_step: VerifyStep | None = None
+
+    @property
+    def prepared_steps(self) -> list[PreparedStep]:
+        """Those that the graph runner prepares."""
+        return [step for step in (self.decode_step, self.verify_step) if step is not None]
 
 
 class ModelRunner:
@@ -62,10 +70,13 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self.parts = parts
         self.table = parts.table
-        # Drafts of the last step stand behind its tokens, which a prepared step does not read.
-        step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
         self.inputs = InputGatherer(
-            parts.table, parts.pool.block_size, parts.graph_runner, parts.attention, step
+            parts.table,
+            parts.pool.block_size,
+            parts.graph_runner,
+            parts.attention,
+            parts.decode_step,
+            parts.verify_step,
         )
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
@@ -90,15 +101,16 @@ class ModelRunner:
         clock = PartClock()
         self._apply_changes(plan)
         inputs = self.inputs.gather(plan)
-        logits, selected, metadata = None, inputs.batch.positions[:0], None
-        if inputs.prepared_size is None:
+        prepared = inputs.prepared
+        logits, selected, metadata = None, None, None
+        if prepared is None:
             hidden = self._forward(inputs, clock)
             if inputs.sampling:
                 logits, selected = self._logits(inputs, hidden)
             metadata = self._sampling_metadata(inputs) if inputs.sampling else None
         else:
             clock.lap("prepare")
-            logits, metadata = self._run_prepared(inputs, inputs.prepared_size)
+            logits, metadata = self._run_prepared(inputs, prepared)
         clock.lap("model")
         accepted = None
         if metadata is not None:
@@ -107,16 +119,16 @@ class ModelRunner:
                 self._drafts(inputs), logits, metadata, self.parts.sampler
             )
             self._advance(inputs, accepted)
-        elif inputs.prepared_size is not None:
-            assert self.parts.decode_step is not None
-            new = self.parts.decode_step.new_ids[: len(inputs.rows)]
+        elif prepared is not None:
+            new = prepared.step.new_ids[: len(inputs.rows)]
             if not new.is_cuda:  # else it is copied to the host in the order of the steps
                 new = new.clone()
-            accepted = Accepted(new.unsqueeze(1))
+            accepted = Accepted(new)
         else:
             self._advance(inputs, None)
         clock.lap("sample")
-        running = RunningStep(self, plan, inputs, accepted, selected, clock)
+        verified = prepared is not None and metadata is None and inputs.max_drafts > 0
+        running = RunningStep(self, plan, inputs, accepted, selected, clock, verified)
         clock.lap("queue")
         return running
 
@@ -129,19 +141,40 @@ class ModelRunner:
         return parts.model.forward(batch, context)
 
     def _run_prepared(
-        self, inputs: StepInputs, size: int
+        self, inputs: StepInputs, prepared: PreparedRun
     ) -> tuple[torch.Tensor | None, SamplingMetadata | None]:
         """Logits, and how to draw from them, where the tokens that the step drew greedily are not
         the ones wanted."""
-        step = self.parts.decode_step
-        assert step is not None
-        form = inputs.prepared_form
-        self.parts.graph_runner.run(size, form)
-        self.parts.attention.note_prepared(form)
-        if self.table.all_plain_greedy:
+        step, batch = prepared.step, inputs.batch
+        self.parts.graph_runner.run(step.kind, prepared.size, prepared.form)
+        self.parts.attention.note_prepared(prepared.form)
+        if step.writes_tokens and self.table.all_plain_greedy:
             return None, None
-        inputs.first_new = inputs.batch.positions + 1
-        return step.logits[size, form][: len(inputs.rows)], self._sampling_metadata(inputs)
+        logits = prepared.logits()
+        if inputs.max_drafts:
+            # As if its ops had been launched one by one. A request's tokens end its place.
+            tokens = [
+                (i + 1) * step.tokens_each - back
+                for i, num_drafts in enumerate(inputs.num_drafts)
+                for back in range(num_drafts + 1, 0, -1)
+            ]
+            batch.logits_indices = upload(tokens, self.table.device)
+            logits = logits[batch.logits_indices]
+            first_row = upload(inputs.first_row, self.table.device)
+            inputs.first_new = batch.positions[batch.logits_indices[first_row]] + 1
+            if step.writes_tokens:
+                self._write_drafts_again(inputs)
+        else:
+            logits = logits[: len(inputs.rows)]
+            inputs.first_new = batch.positions + 1
+        return logits, self._sampling_metadata(inputs)
+
+    def _write_drafts_again(self, inputs: StepInputs) -> None:
+        """Put drafts back where a prepared step has written what it drew: penalties count them."""
+        table, drafts = self.table, self._drafts(inputs).token_ids
+        columns = inputs.first_new.unsqueeze(1) + self.inputs.first_arange(drafts.shape[1])
+        columns = columns.masked_fill(drafts < 0, table.trash_column)
+        table.token_ids[inputs.batch.rows.unsqueeze(1), columns] = drafts.to(torch.int32)
 
     def _apply_changes(self, plan: SchedulerOutput) -> None:
         if plan.copies_out or plan.copies_in:  # before anything is written to these blocks
@@ -157,7 +190,7 @@ class ModelRunner:
             self.table.append_blocks(plan.new_block_ids)
 
     def _drafts(self, inputs: StepInputs) -> DraftsToVerify:
-        """Drafts of the requests that yield tokens, read back from the table's rows."""
+        """Drafts of the requests that yield tokens, read back from the step's inputs."""
         device, batch = self.table.device, inputs.batch
         count, width = len(inputs.sampling), inputs.max_drafts
         if width == 0:
@@ -165,13 +198,12 @@ class ModelRunner:
                 torch.empty(count, 0, dtype=torch.int64, device=device),
                 self.inputs.first_arange(count),
             )
-        selected = self.inputs.device_index(inputs.sampling, batch.num_requests)
-        num_drafts = upload([inputs.num_drafts[i] for i in inputs.sampling], device)
+        counts = [inputs.num_drafts[i] for i in inputs.sampling]
+        num_drafts, first_row = upload([counts, inputs.first_row], device)
         steps = self.inputs.first_arange(width)
-        columns = inputs.first_new.unsqueeze(1) + steps
-        drafts = self.table.token_ids[batch.rows[selected].unsqueeze(1), columns].long()
+        tokens = batch.logits_indices[first_row].unsqueeze(1) + 1 + steps
+        drafts = batch.input_ids[tokens.clamp_(max=batch.num_tokens - 1)]
         is_draft = steps < num_drafts.unsqueeze(1)
-        first_row = upload(inputs.first_row, device)
         return DraftsToVerify(drafts.masked_fill(~is_draft, -1), first_row)
 
     def _logits(
@@ -221,7 +253,7 @@ class ModelRunner:
         ids = accepted.token_ids
         if ids.shape[1] == 1:
             new = ids[:, 0]
-            if self.inputs.steady is not None and inputs.prepared_size is None:
+            if self.inputs.steady is not None and inputs.prepared is None:
                 inputs.batch.input_ids = new  # of the next step, if it is one like this
             table.token_ids[rows, inputs.first_new] = new.to(torch.int32)
             return
@@ -247,7 +279,7 @@ class ModelRunner:
         plan: SchedulerOutput,
         inputs: StepInputs,
         tokens: list[list[int]],
-        hidden: torch.Tensor,
+        hidden: torch.Tensor | None,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
         table, index = self.table, inputs.rows_index
@@ -270,8 +302,7 @@ class ModelRunner:
                 hidden_states=hidden,
             )
         ).token_ids
-        for row, draft in zip(rows, drafts, strict=True):
-            table.write_drafts(row, draft)
+        table.write_drafts(index, drafts)
         return drafts
 
 
@@ -288,15 +319,17 @@ class RunningStep:
         plan: SchedulerOutput,
         inputs: StepInputs,
         accepted: Accepted | None,
-        hidden: torch.Tensor,
+        hidden: torch.Tensor | None,
         clock: PartClock,
+        verified: bool,
     ) -> None:
         self._runner, self._plan, self._clock = runner, plan, clock
         self._inputs, self._hidden = inputs, hidden
         self._steady = runner.inputs.steady
         self._sampling, self._first_row = inputs.sampling, inputs.first_row
         self._num_context_tokens = inputs.num_context_tokens
-        self._size = inputs.prepared_size
+        self._prepared = inputs.prepared
+        self._verified = verified  # by the prepared step itself
         self._has_drafts = inputs.max_drafts > 0
         self._logprobs = None if accepted is None else accepted.logprobs
         self._tokens = None if accepted is None else TokensToRead(accepted.token_ids)
@@ -311,6 +344,9 @@ class RunningStep:
         tokens = [] if self._tokens is None else self._tokens.read()
         if self._has_drafts:
             tokens = [[t for t in row if t >= 0] for row in tokens]
+        if self._verified:
+            num_accepted = [len(row) - 1 for row in tokens]
+            self._runner.parts.verifier.note_prepared(self._plan.num_draft_tokens, num_accepted)
         clock.lap("wait")
         plan, steady = self._plan, self._steady
         count = len(plan.request_ids)
@@ -340,8 +376,8 @@ class RunningStep:
             draft_token_ids=drafts_by_request,
             logprobs=logprobs,
             num_context_tokens=self._num_context_tokens,
-            num_padded_tokens=0 if self._size is None else self._size - count,
-            graph_mode="eager" if self._size is None else "graph",
+            num_padded_tokens=0 if self._prepared is None else self._prepared.num_padded_tokens,
+            graph_mode="eager" if self._prepared is None else "graph",
             timings_us=clock.laps,
             starts_s=clock.starts,
         )

@@ -93,8 +93,8 @@ def profile_steps(runner: ModelRunner, sizes: StepSizes, memory: DeviceMemory) -
     parts = runner.parts
     with compiled_together(), torch.inference_mode():
         run_largest_steps(runner, sizes, "compiled", reads=False)
-        if parts.decode_step is not None:
-            parts.graph_runner.compile(parts.decode_step)
+        if parts.prepared_steps:
+            parts.graph_runner.compile(parts.prepared_steps)
     memory.trim()
     allocated = memory.allocated_bytes()
     # Twice: the first time, libraries take what they keep.
@@ -107,10 +107,10 @@ def profile_steps(runner: ModelRunner, sizes: StepSizes, memory: DeviceMemory) -
     activations = memory.peak_reserved_bytes() - held
     memory.trim()
     graph_bytes = 0
-    if parts.decode_step is not None:
+    if parts.prepared_steps:
         allocated = memory.allocated_bytes()
         with torch.inference_mode():
-            graph_bytes = parts.graph_runner.trial_bytes(parts.decode_step)
+            graph_bytes = parts.graph_runner.trial_bytes(parts.prepared_steps)
         memory.trim()
         scratch += memory.allocated_bytes() - allocated
     used, reserved = memory.used_bytes(), memory.reserved_bytes()

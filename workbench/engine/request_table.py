@@ -16,7 +16,7 @@ import torch
 
 from workbench.core.sampling import SamplingParams
 from workbench.core.step import NewRequest
-from workbench.engine.upload import upload, upload_into
+from workbench.engine.upload import upload
 
 
 class RequestTable:
@@ -155,10 +155,20 @@ class RequestTable:
             places, blocks_there = upload(packed, self.device)
             self.block_table.view(-1)[places] = blocks_there.to(torch.int32)
 
-    def write_drafts(self, row: int, drafts: list[int]) -> None:
-        """Put drafts behind a row's last known token."""
-        if drafts:
-            self._write_tokens(row, self.num_tokens[row], np.asarray(drafts, np.int32))
+    def write_drafts(self, rows: np.ndarray, drafts: Sequence[Sequence[int]]) -> None:
+        """Put drafts behind the last known token of each row, all in one write to the device."""
+        counts = np.array([len(draft) for draft in drafts], np.int64)
+        total = int(counts.sum())
+        if not total:
+            return
+        starts = rows * self.token_ids.shape[1] + self.num_tokens[rows]
+        packed = np.empty((2, total), np.int64)
+        packed[0] = _consecutive(starts, counts)
+        packed[1] = np.fromiter(itertools.chain.from_iterable(drafts), np.int64, total)
+        self.host_token_ids.reshape(-1)[packed[0]] = packed[1]
+        if not self._shares_memory:
+            places, tokens = upload(packed, self.device)
+            self.token_ids.view(-1)[places] = tokens.to(torch.int32)
 
     def note_tokens(self, rows: np.ndarray, token_ids: list[list[int]]) -> None:
         """Bring the host's books up with new tokens that the device wrote itself."""
@@ -180,12 +190,6 @@ class RequestTable:
         On a device of its own memory, only where there is a drafter to read them.
         """
         return self.host_token_ids[row, : self.num_tokens[row]]
-
-    def _write_tokens(self, row: int, first: int, tokens: np.ndarray) -> None:
-        if self._shares_memory or self._has_mirror:
-            self.host_token_ids[row, first : first + len(tokens)] = tokens
-        if not self._shares_memory:
-            upload_into(self.token_ids[row, first : first + len(tokens)], tokens)
 
 
 def _consecutive(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

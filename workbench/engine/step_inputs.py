@@ -9,10 +9,12 @@ import torch
 
 from workbench.core.step import ForwardBatch, SchedulerOutput, TokenLogprobs
 from workbench.engine.decode_step import DecodeStep
+from workbench.engine.prepared_step import PreparedRun
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import upload, upload_into
+from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend
-from workbench.slots.graph_runner import GraphRunner
+from workbench.slots.graph_runner import DECODE, VERIFY, GraphRunner
 
 
 @dataclass(slots=True)
@@ -31,9 +33,8 @@ class StepInputs:
         Columns of the table that take the first new token.
     num_context_tokens
         Tokens in the KV cache before this step, over all requests.
-    prepared_size, prepared_form
-        Size and form of the prepared step that runs these inputs; a size of None where ops are
-        launched one by one.
+    prepared
+        The prepared step that runs these inputs; None where ops are launched one by one.
     """
 
     batch: ForwardBatch
@@ -45,8 +46,7 @@ class StepInputs:
     first_new: torch.Tensor
     max_drafts: int
     num_context_tokens: int
-    prepared_size: int | None = None
-    prepared_form: str = PLAIN_FORM
+    prepared: PreparedRun | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,14 @@ class InputGatherer:
         graph_runner: GraphRunner,
         attention: AttentionBackend,
         decode_step: DecodeStep | None,
+        verify_step: VerifyStep | None,
     ) -> None:
         self.table = table
         self._attention = attention
         self.steady: SteadyBatch | None = None
         self._block_size = block_size
         self._graph_runner = graph_runner
-        self._decode_step = decode_step
+        self._decode_step, self._verify_step = decode_step, verify_step
         self._arange = torch.arange(table.token_ids.shape[0], device=table.device)
 
     def gather(self, plan: SchedulerOutput) -> StepInputs:
@@ -110,10 +111,17 @@ class InputGatherer:
         self.leave_steady()
         rows_host = [self.table.row_of[request_id] for request_id in plan.request_ids]
         if plan.total_num_scheduled_tokens == len(rows_host) and all(plan.samples):
-            size = self._graph_runner.dispatch(len(rows_host)) if self._decode_step else None
+            size = None
+            if self._decode_step is not None:
+                size = self._graph_runner.dispatch(DECODE, len(rows_host))
             if size is not None:
                 return self._gather_prepared(plan, rows_host, size)
             return self._gather_decode(plan, rows_host)
+        if self._verify_step is not None and _runs_drafts_alone(plan):
+            size = self._graph_runner.dispatch(VERIFY, len(rows_host))
+            lengths = self.table.num_computed_host[rows_host] + plan.num_scheduled_tokens
+            if size is not None and lengths.min() >= self._verify_step.tokens_each:
+                return self._gather_verify(self._verify_step, plan, rows_host, size)
         return self._gather_mixed(plan, rows_host)
 
     def leave_steady(self) -> None:
@@ -212,7 +220,7 @@ class InputGatherer:
             batch.host_rows = (table.host_block_table, rows_host)
             batch.seq_lens_host = (computed + 1).tolist()
             form = self._attention.choose_form(batch)
-            of_form = self._graph_runner.dispatch(count, form)
+            of_form = self._graph_runner.dispatch(DECODE, count, form)
             size, form = (size, PLAIN_FORM) if of_form is None else (of_form, form)
         upload_into(step.rows[:size], rows_host + [table.padding_row] * (size - count))
         inputs = StepInputs(
@@ -225,8 +233,7 @@ class InputGatherer:
             first_new=batch.positions,  # of the last token: the step moves it on by itself
             max_drafts=0,
             num_context_tokens=int(computed.sum()),
-            prepared_size=size,
-            prepared_form=form,
+            prepared=PreparedRun(step, size, size - count, form),
         )
         self.steady = SteadyBatch(
             request_ids=plan.request_ids,
@@ -237,6 +244,37 @@ class InputGatherer:
             crossings={},
         )
         return inputs
+
+    def _gather_verify(
+        self, step: VerifyStep, plan: SchedulerOutput, rows_host: list[int], size: int
+    ) -> StepInputs:
+        """Every request runs its last token and its drafts, in a prepared step: rows and numbers of
+        drafts go to the device."""
+        table, count, each = self.table, len(rows_host), step.tokens_each
+        batch = step.batch(count)
+        rows_index = np.array(rows_host)
+        computed = table.num_computed_host[rows_index]
+        places = np.zeros((size, 2), np.int64)
+        places[:, 0] = table.padding_row
+        places[:count, 0], places[:count, 1] = rows_index, plan.num_draft_tokens
+        upload_into(step.places[:size], places)
+        first_row: list[int] = []
+        num_rows = 0
+        for num_tokens in plan.num_scheduled_tokens:
+            first_row.append(num_rows)
+            num_rows += num_tokens
+        return StepInputs(
+            batch=batch,
+            rows=rows_host,
+            rows_index=rows_index,
+            sampling=list(range(count)),
+            num_drafts=plan.num_draft_tokens,
+            first_row=first_row,
+            first_new=batch.positions[:0],  # the step finds it by itself
+            max_drafts=max(plan.num_draft_tokens),
+            num_context_tokens=int(computed.sum()),
+            prepared=PreparedRun(step, size, size * each - num_rows),
+        )
 
     def _gather_again(self, steady: SteadyBatch) -> StepInputs:
         """The same requests as in the last step, each one token further: nothing is gathered
@@ -344,3 +382,11 @@ class InputGatherer:
         if len(indices) == end:  # every token yields a row
             return sampling, first_row, self.first_arange(end)
         return sampling, first_row, upload(indices, self.table.device)
+
+
+def _runs_drafts_alone(plan: SchedulerOutput) -> bool:
+    """Whether every request runs its last known token, and behind it drafts, if any."""
+    return all(plan.samples) and all(
+        tokens == drafts + 1
+        for tokens, drafts in zip(plan.num_scheduled_tokens, plan.num_draft_tokens, strict=True)
+    )

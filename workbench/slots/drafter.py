@@ -22,7 +22,8 @@ class DraftContext:
     max_draft_tokens : list[int]
         Drafts that are worth proposing (the request's own limit less one).
     hidden_states : Tensor[B, H] or None
-        Hidden state behind each request's last logits, for drafters that read the target.
+        Hidden state behind each request's last logits, for drafters that read the target; None
+        after a prepared step, which keeps none.
     """
 
     request_ids: list[str]

@@ -1,25 +1,40 @@
-"""Slot ``graph_runner``: how a step of single tokens is launched."""
+"""Slot ``graph_runner``: how steps of a few regular kinds are launched."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, StepForm
 from workbench.slots.component import Component
 from workbench.slots.platform import Platform
 
+#: Kinds of prepared steps: every request runs its last token; every request runs its last token
+#: and its drafts, padded to as many as there may be.
+DECODE, VERIFY = "decode", "verify"
 
-class DecodeStep(Protocol):
-    """A step in which every request runs one token, as work of the device alone.
+
+class PreparedStep(Protocol):
+    """A step in which every request runs as many tokens, as work of the device alone.
 
     Its inputs come from tables on the device by row, its buffers stay where they are, and its
     places beyond the running requests hold padding, which writes to the trash block.
     """
 
     @property
+    def kind(self) -> str:
+        """:data:`DECODE` or :data:`VERIFY`."""
+        ...
+
+    @property
     def max_size(self) -> int:
         """Most requests of a step."""
+        ...
+
+    @property
+    def tokens_each(self) -> int:
+        """Tokens that a request runs, padding included."""
         ...
 
     @property
@@ -38,7 +53,7 @@ class DecodeStep(Protocol):
 
 
 class GraphRunner(Component):
-    """Prepares steps of single tokens ahead of the first request, padded to a few sizes."""
+    """Prepares steps ahead of the first request, padded to a few sizes."""
 
     #: Whether it prepares any; else it is given no step, and the buffers of one are not there.
     prepares: ClassVar[bool] = True
@@ -47,32 +62,38 @@ class GraphRunner(Component):
         """Why it cannot prepare steps here; empty when it can."""
         return []
 
-    @abstractmethod
-    def capture(self, step: DecodeStep) -> None:
-        """Prepare the step in all sizes and forms. Called once, before the first request."""
+    def largest_verify(self, attention: AttentionBackend, tokens_each: int) -> int:
+        """Most requests of a prepared step that verifies drafts, ``tokens_each`` tokens a request;
+        0 where it prepares none."""
+        return 0
 
     @abstractmethod
-    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        """Size, padding included, under which so many requests run in this form; None where none
-        is prepared, as before :meth:`capture`: another form may be, or the ops are launched one by
-        one."""
+    def capture(self, steps: Sequence[PreparedStep]) -> None:
+        """Prepare steps, one of a kind, in all sizes and forms. Called once, before the first
+        request."""
 
     @abstractmethod
-    def run(self, size: int, form: str = PLAIN_FORM) -> None:
-        """Queue the step that was prepared in this size and form."""
+    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+        """Size, padding included, under which so many requests run in this kind of step and form;
+        None where none is prepared, as before :meth:`capture`: another form may be, or the ops are
+        launched one by one."""
+
+    @abstractmethod
+    def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
+        """Queue the step of this kind that was prepared in this size and form."""
 
     def replayed_counters(self) -> dict[str, float]:
         """What components would have counted in steps that ran without them, as
         ``slot.counter``."""
         return {}
 
-    def compile(self, step: DecodeStep) -> None:
+    def compile(self, steps: Sequence[PreparedStep]) -> None:
         """Compile what :meth:`trial_bytes` and :meth:`capture` are going to run, and nothing else
         where the caller asks for that (:func:`kernels.triton.compiled_together`)."""
 
-    def trial_bytes(self, step: DecodeStep) -> int:
+    def trial_bytes(self, steps: Sequence[PreparedStep]) -> int:
         """Device memory that prepared steps are going to hold, found by preparing a few of them
-        and dropping these again. Called before :meth:`capture`, with a step of its own."""
+        and dropping these again. Called before :meth:`capture`, with steps of its own."""
         return 0
 
     @property
@@ -86,10 +107,10 @@ class EagerRunner(GraphRunner):
 
     prepares = False
 
-    def capture(self, step: DecodeStep) -> None: ...
+    def capture(self, steps: Sequence[PreparedStep]) -> None: ...
 
-    def dispatch(self, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
         return None
 
-    def run(self, size: int, form: str = PLAIN_FORM) -> None:
+    def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
         raise AssertionError("nothing is prepared")

@@ -55,6 +55,9 @@ class Verifier(Component):
     losslessness: str = "exact"
     #: Whether drafts may be given to it.
     accepts_drafts: bool = True
+    #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest
+    #: tokens, and the likeliest token after them. Then a prepared step may do so in its place.
+    is_greedy_match: bool = False
 
     @abstractmethod
     def verify(
@@ -65,6 +68,9 @@ class Verifier(Component):
         sampler: Sampler,
     ) -> Accepted:
         """Verify against ``logits[L, V]`` (the model's dtype; may be overwritten)."""
+
+    def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
+        """Count a step that verified in its place, drafts and accepted ones by request."""
 
 
 class NoVerifier(Verifier):

@@ -1,0 +1,190 @@
+"""What steps have in common that are work of the device alone, for whoever captures or replays
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from workbench.core.step import ForwardBatch
+from workbench.engine.request_table import RequestTable
+from workbench.engine.upload import borrowed
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext, StepForm
+from workbench.slots.component import Component
+from workbench.slots.kv_pool import KVPool
+from workbench.slots.sampler import Sampler, SamplingMetadata
+
+if TYPE_CHECKING:
+    from workbench.engine.model_runner import Model
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What prepared steps drive.
+
+    Attributes
+    ----------
+    components
+        By slot, those whose counts a step adds to.
+    owned
+        Logits whose memory is not yet anybody else's, of all steps that share these parts.
+    """
+
+    model: Model
+    table: RequestTable
+    pool: KVPool
+    attention: AttentionBackend
+    sampler: Sampler
+    components: Mapping[str, Component]
+    owned: list[tuple[PreparedStep, tuple[int, str], torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A prepared step in one size and form, and tokens of it that pad."""
+
+    step: PreparedStep
+    size: int
+    num_padded_tokens: int
+    form: str = PLAIN_FORM
+
+    def logits(self) -> torch.Tensor:
+        """Behind all of its tokens, once it is queued."""
+        return self.step.logits[self.size, self.form]
+
+
+class PreparedStep(ABC):
+    """Runs ``Q`` tokens of each of the first ``size`` places.
+
+    Places that no request holds run the table's padding row, whose keys and values go to the pool's
+    trash block.
+
+    Attributes
+    ----------
+    kind
+        Which kind of step it is, for the graph runner.
+    tokens_each
+        ``Q``.
+    new_ids : Tensor[B, Q] int64
+        New tokens of the last step, then -1.
+    logits : dict[tuple[int, str], Tensor[size * Q, V]]
+        Of the last step of each size and form.
+    forms : tuple[StepForm, ...]
+        Those of the attention backend, beside the plain one.
+    writes_tokens
+        Whether it draws greedily and writes back what it drew; who wants other tokens overwrites
+        them, from :attr:`logits`, before the next step.
+    """
+
+    kind: ClassVar[str]
+    writes_tokens: bool = True
+
+    def __init__(self, parts: StepParts, max_size: int, tokens_each: int) -> None:
+        self.parts = parts
+        self.max_size, self.tokens_each = max_size, tokens_each
+        table, pool = parts.table, parts.pool
+        table.block_table[table.padding_row] = pool.num_blocks
+        table.host_block_table[table.padding_row] = pool.num_blocks
+        long: dict[str, Any] = {"dtype": torch.int64, "device": table.device}
+        short: dict[str, Any] = {"dtype": torch.int32, "device": table.device}
+        tokens, columns = max_size * tokens_each, table.block_table.shape[1]
+        self.new_ids = torch.zeros(max_size, tokens_each, **long)
+        self.logits: dict[tuple[int, str], torch.Tensor] = {}
+        self._whole = ForwardBatch(
+            input_ids=torch.zeros(tokens, **long),
+            positions=torch.zeros(tokens, **long),
+            query_start_loc=torch.arange(0, tokens + 1, tokens_each, **short),
+            seq_lens=torch.full((max_size,), tokens_each, **short),
+            block_table=torch.full((max_size, columns), pool.num_blocks, **short),
+            slot_mapping=torch.zeros(tokens, **long),
+            logits_indices=torch.arange(tokens, **long),
+            rows=self.place_rows(),
+            query_lens_host=[tokens_each] * max_size,
+            seq_lens_host=[tokens_each] * max_size,
+            block_size=pool.block_size,
+        )
+        self.forms: tuple[StepForm, ...] = ()
+
+    @abstractmethod
+    def place_rows(self) -> torch.Tensor:
+        """Row of the request table of each place, ``[B]`` int64, on the device."""
+
+    @abstractmethod
+    def gather(self, batch: ForwardBatch) -> None:
+        """Fill the batch from the table."""
+
+    @abstractmethod
+    def store(self, batch: ForwardBatch, drawn: torch.Tensor) -> None:
+        """Write what was drawn behind each token, ``[size * Q]``, back to the table and to
+        :attr:`new_ids`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its own buffers on the device; logits lie in the memory of whoever runs it."""
+        whole = self._whole
+        held = (
+            self.new_ids,
+            whole.input_ids,
+            whole.positions,
+            whole.query_start_loc,
+            whole.seq_lens,
+            whole.block_table,
+            whole.slot_mapping,
+            whole.logits_indices,
+        )
+        return sum(tensor.nbytes for tensor in held)
+
+    def counters(self) -> dict[str, float]:
+        """Counts of the components that it drives, as ``slot.counter``."""
+        return {
+            f"{slot}.{name}": value
+            for slot, component in self.parts.components.items()
+            for name, value in component.counters().items()
+        }
+
+    def batch(self, size: int) -> ForwardBatch:
+        """The first places as a batch: views of the buffers. Its host lengths are not kept up."""
+        whole, tokens = self._whole, size * self.tokens_each
+        return dataclasses.replace(
+            whole,
+            input_ids=whole.input_ids[:tokens],
+            positions=whole.positions[:tokens],
+            query_start_loc=whole.query_start_loc[: size + 1],
+            seq_lens=whole.seq_lens[:size],
+            block_table=whole.block_table[:size],
+            slot_mapping=whole.slot_mapping[:tokens],
+            logits_indices=whole.logits_indices[:tokens],
+            rows=whole.rows[:size],
+            query_lens_host=whole.query_lens_host[:size],
+            seq_lens_host=whole.seq_lens_host[:size],
+            extras={},
+        )
+
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
+        """Queue the step for the first ``size`` places."""
+        self._lend()
+        parts, batch = self.parts, self.batch(size)
+        self.gather(batch)
+        metadata = parts.attention.prepared_metadata(batch, form)
+        context = ForwardContext(batch, parts.attention, metadata, parts.pool)
+        logits = parts.model.compute_logits(parts.model.forward(batch, context))
+        if self.writes_tokens:
+            nothing = batch.positions[:0]
+            greedy = SamplingMetadata(params=[], positions=nothing, seeds=nothing)
+            self.store(batch, parts.sampler.sample(logits, greedy).token_ids)
+        self.logits[size, form] = logits
+        parts.owned.append((self, (size, form), logits))
+
+    def _lend(self) -> None:
+        """Let logits of earlier runs be overwritten: captured steps of all kinds and sizes share
+        memory."""
+        if self.new_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        for step, key, logits in self.parts.owned:
+            step.logits[key] = borrowed(logits)
+        self.parts.owned.clear()
