@@ -343,7 +343,7 @@ def ops() -> dict[str, Callable[[], object]]:
     modules = {
         name: importlib.import_module(f"kernels.triton.{name}")
         for name in ("norm", "activation", "rotary", "paged_prefill", "paged_decode", "argmax",
-                     "sampling", "shared_prefix", "merge", "decode_step")
+                     "sampling", "shared_prefix", "merge", "decode_step", "verify_step")
     }  # fmt: skip
     bf16 = torch.bfloat16
 
@@ -401,12 +401,19 @@ def ops() -> dict[str, Callable[[], object]]:
         "merge": lambda: m["merge"].merge_stacked(outs, lses, bf16),
         "inputs": lambda: m["decode_step"].gather_decode_inputs(*state, 16, *new_ones),
         "write-back": lambda: m["decode_step"].store_decoded(*decoded),
+        "inputs of drafts": lambda: m["verify_step"].gather_verify_inputs(
+            long(4, 2), index(9, 65), long(9), index(9, 5),
+            long(12), long(12), index(4), long(12), index(4, 5), 16,
+        ),
+        "write-back of drafts": lambda: m["verify_step"].store_verified(
+            long(4, 2), index(4), long(12), long(12), index(9, 65), long(9), long(4, 3)
+        ),
     }  # fmt: skip
 
 
 OPS = ("norm", "add norm", "silu", "rope", "rope to fp8", "prefill", "prefill from fp8", "decode",
        "decode from fp8, prior", "argmax", "sample", "shared prefix", "merge", "inputs",
-       "write-back")  # fmt: skip
+       "write-back", "inputs of drafts", "write-back of drafts")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -7,6 +7,8 @@ import pytest
 from kernels.triton import is_interpreted
 from tests.helpers.engines import mixed_prompts, tiny_engine
 from tests.helpers.interpreted import run_in_interpreter, starts_interpreter
+from tests.helpers.prepared import CALLED
+from tests.helpers.recalling import RECALLING
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from workbench.core.sampling import SamplingParams
 
@@ -27,3 +29,20 @@ def test_tokens_are_those_of_transformers() -> None:
     counters = engine.counters()
     assert counters["attention.decode_calls"] > 0
     assert counters["attention.prefill_calls"] > 0
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="runs where Triton interprets its kernels")
+def test_prepared_steps_verify_drafts() -> None:
+    """Inputs, attention, choice and write-back of such a step, all by the kernels."""
+    prompts = [list(range(4, 12)), [5, 6] * 5]
+    overrides = ["engine/attention=triton", "engine/kv_cache=paged", "engine.kv_cache.block_size=4"]
+    speculating = [*CALLED, *RECALLING, "engine.drafter.num_draft_tokens=3"]
+    engine = tiny_engine(*overrides, *speculating, max_num_seqs=3, max_model_len=48)
+    answers = [hf_greedy(tiny_model("llama"), prompt, 8) for prompt in prompts]
+    pairs = zip(prompts, answers, strict=True)
+    engine.parts.components["drafter"].answers = [p + a for p, a in pairs]  # type: ignore[attr-defined]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+    assert [o.token_ids for o in outputs] == answers
+    replayed = [s for s in engine.steps if s.num_draft_tokens and s.graph_mode == "graph"]
+    assert replayed and all(s.num_padded_tokens >= 4 for s in replayed)
+    assert engine.counters()["verifier.accepted_tokens"] > 0
