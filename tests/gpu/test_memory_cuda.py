@@ -70,8 +70,10 @@ def check_ledger(engine: Engine, name: str) -> None:
     Console(width=100).print(memory_table(dataclasses.asdict(ledger), name))
     assert sum(rows.values()) == total, "rows do not make the device"
     used = total - rows["free"]
-    share = abs(rows["unexplained"]) / used
-    assert share <= 0.02, f"{100 * share:.2f} % of what is used is unexplained"
+    # The driver loads code as it is first run, after the profile too; of a tiny model it is much.
+    unexplained = abs(rows["unexplained"])
+    most = max(0.02 * used, 64 * MIB)
+    assert unexplained <= most, f"{unexplained / MIB:.1f} MiB of what is used is unexplained"
     found, predicted = rows["activations"], ledger.predicted["activations"]
     assert found <= 1.25 * predicted + 64 * MIB, f"activations {found}, predicted {predicted}"
     found, predicted = rows["graphs"], ledger.predicted["graphs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from workbench.engine.model_runner import ModelRunner
 #: The costliest way to draw that a request may ask for without a penalty: sorted logits, and their
 #: log-probabilities.
 _SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True, temperature=1.0, top_p=0.9, logprobs=1)
+#: For steps whose tokens are whatever was in memory: log-probabilities would be looked up by them.
+_COMPILED = dataclasses.replace(_SAMPLING, logprobs=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,8 @@ def run_largest_steps(
         ("tokens", largest_lengths(runner, sizes)),
         ("contexts", longest_contexts(runner, sizes)),
     ):
-        plan = _plan(runner, f"profile-{name}-{kind}", lengths, known)
+        sampling = _SAMPLING if reads else _COMPILED
+        plan = _plan(runner, f"profile-{name}-{kind}", lengths, known, sampling)
         step = runner.submit(plan)
         if reads:
             step.result()
@@ -183,7 +187,11 @@ def longest_contexts(runner: ModelRunner, sizes: StepSizes) -> list[tuple[int, i
 
 
 def _plan(
-    runner: ModelRunner, name: str, lengths: Sequence[tuple[int, int]], finished: list[str]
+    runner: ModelRunner,
+    name: str,
+    lengths: Sequence[tuple[int, int]],
+    finished: list[str],
+    sampling: SamplingParams,
 ) -> SchedulerOutput:
     pool = runner.parts.pool
     ids = [f"{name}-{index}" for index in range(len(lengths))]
@@ -199,7 +207,7 @@ def _plan(
                 num_prompt_tokens=known,
                 num_computed_tokens=computed,
                 block_ids=[pool.num_blocks] * num_blocks,  # the trash block takes it all
-                sampling=_SAMPLING,
+                sampling=sampling,
                 seed=0,
             )
         )
