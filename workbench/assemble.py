@@ -118,11 +118,11 @@ def build_engine(config: EngineConfig) -> Engine:
         A component cannot run this model on this machine; all reasons are named.
     """
     began = time.perf_counter()
-    preload()
     builder = Builder(config.components)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
     dtype = _resolve_dtype(config.dtype, platform)
+    preload()
     load_libraries(platform.device, dtype)
     probe = platform.memory_probe()
     probe.trim()

@@ -153,6 +153,8 @@ def run_largest_steps(
         step = runner.submit(plan)
         if reads:
             step.result()
+        else:  # what was in memory would be the drafts of the next request in a row
+            runner.table.token_ids.zero_()
         plans.append(plan)
         known = plan.request_ids
     for request_id in known:

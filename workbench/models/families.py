@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,8 @@ _ARCHITECTURE_OF_TYPE = {
     for name, model_type in zip(family.architectures, family.model_types, strict=True)
 }
 
+_preloading: threading.Thread | None = None
+
 ACTIVATIONS = ("gelu_pytorch_tanh", "silu")
 
 
@@ -266,6 +269,10 @@ def _config_class(model_type: str) -> Any:
     would import all models, generation and torch's compiler, which takes longer than all else
     that an engine on a GPU needs before its first token.
     """
+    if _preloading is not None:
+        # The package puts another module in its place when it is done; an import meanwhile would
+        # wait for it, and get the first.
+        _preloading.join()
     import transformers
 
     utils = transformers.utils
@@ -281,7 +288,11 @@ def _config_class(model_type: str) -> Any:
 
 def preload() -> None:
     """Begin to import what :func:`config_from_dict` needs, while the caller waits for a device."""
-    threading.Thread(target=lambda: importlib.import_module("transformers"), daemon=True).start()
+    global _preloading
+    if _preloading is None:
+        load = partial(importlib.import_module, "transformers")
+        _preloading = threading.Thread(target=load, daemon=True)
+        _preloading.start()
 
 
 def read_config(source: Path | str | PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:
