@@ -353,6 +353,7 @@ def _make_runner(
             sampler=built["sampler"],
             drafter=built["drafter"],
             verifier=built["verifier"],
+            vocab_size=decoder.spec.vocab_size,
             decode_step=step,
         )
     )

@@ -23,7 +23,8 @@ def propose(
     for array in arrays:
         array.flags.writeable = False
     limits = limits if limits is not None else [100] * len(tokens)
-    return drafter.propose(DraftContext(list(tokens), arrays, limits)).token_ids
+    prompts = [0] * len(tokens)
+    return drafter.propose(DraftContext(list(tokens), arrays, limits, prompts)).token_ids
 
 
 def brute_force(tokens: list[int], limit: int, config: Any) -> list[int]:

@@ -42,7 +42,7 @@ def context(
 ) -> DraftContext:
     """What a drafter sees of one request."""
     ids = np.asarray(tokens, dtype=np.int32)
-    return DraftContext([name], [ids], [limit])
+    return DraftContext([name], [ids], [limit], [num_prompt])
 
 
 def num_opcodes(call: Callable[[], object]) -> int:

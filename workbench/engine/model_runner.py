@@ -15,6 +15,7 @@ from workbench.core.step import (
     TokenLogprobs,
 )
 from workbench.engine.decode_step import DecodeStep
+from workbench.engine.drafting import Drafting
 from workbench.engine.host_pool import HostPool
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
@@ -52,6 +53,7 @@ class RunnerParts:
     sampler: Sampler
     drafter: Drafter
     verifier: Verifier
+    vocab_size: int
     #: What the graph runner prepared; None where it prepared nothing.
     decode_step: DecodeStep | None = None
 
@@ -62,6 +64,7 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self.parts = parts
         self.table = parts.table
+        self.drafting = Drafting(parts.drafter, parts.vocab_size)
         # Drafts of the last step stand behind its tokens, which a prepared step does not read.
         step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
         self.inputs = InputGatherer(
@@ -150,7 +153,7 @@ class ModelRunner:
             self.inputs.leave_steady()  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
-            self.parts.drafter.finish(request_id)
+            self.drafting.finish(request_id)
         if plan.new_requests:
             self.table.add_all(plan.new_requests)
         if plan.new_block_ids:
@@ -262,12 +265,18 @@ class ModelRunner:
             assert params is not None
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
-        drafts = self.parts.drafter.propose(
+        if not self.parts.drafter.reads_hidden_states:
+            last_hidden = None
+        else:
+            last = [f + len(t) - 1 for f, t in zip(inputs.first_row, tokens, strict=True)]
+            last_hidden = hidden[upload(last, table.device)]
+        drafts = self.drafting.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
                 token_ids=[table.known_tokens(row) for row in rows],
                 max_draft_tokens=limits,
-                hidden_states=hidden,
+                num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
+                hidden_states=last_hidden,
             )
         ).token_ids
         for row, draft in zip(rows, drafts, strict=True):
@@ -342,6 +351,7 @@ class RunningStep:
             num_context_tokens=self._num_context_tokens,
             num_padded_tokens=0 if self._size is None else self._size - count,
             graph_mode="eager" if self._size is None else "graph",
+            num_draft_failures=self._runner.drafting.take_num_failures(),
             timings_us=clock.laps,
             starts_s=clock.starts,
         )

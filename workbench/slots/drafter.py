@@ -21,6 +21,8 @@ class DraftContext:
         Known tokens of each request, prompt and output, as views that must not be written.
     max_draft_tokens : list[int]
         Drafts that are worth proposing (the request's own limit less one).
+    num_prompt_tokens : list[int]
+        How many of the known tokens are prompt.
     hidden_states : Tensor[B, H] or None
         Hidden state behind each request's last logits, for drafters that read the target.
     """
@@ -28,7 +30,19 @@ class DraftContext:
     request_ids: list[str]
     token_ids: list[np.ndarray]
     max_draft_tokens: list[int]
+    num_prompt_tokens: list[int]
     hidden_states: torch.Tensor | None = None
+
+    def take(self, indices: list[int]) -> DraftContext:
+        """The same of some of the requests."""
+        hidden = self.hidden_states
+        return DraftContext(
+            request_ids=[self.request_ids[i] for i in indices],
+            token_ids=[self.token_ids[i] for i in indices],
+            max_draft_tokens=[self.max_draft_tokens[i] for i in indices],
+            num_prompt_tokens=[self.num_prompt_tokens[i] for i in indices],
+            hidden_states=None if hidden is None else hidden[indices],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +54,22 @@ class DraftTokens:
 
 
 class Drafter(Component):
-    """Proposes tokens. Reads the context, keeps what it needs by request id, forgets on finish."""
+    """Proposes tokens. Reads the context, keeps what it needs by request id, forgets on finish.
 
+    Where it raises or proposes what is not valid, that request goes on without drafts.
+    """
+
+    #: Whether it may propose anything.
+    proposes: bool = True
+    #: Whether it reads ``DraftContext.hidden_states``.
+    reads_hidden_states: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
     num_lookahead_tokens: int = 0
 
     @abstractmethod
     def propose(self, context: DraftContext) -> DraftTokens:
-        """One list a request, in order, each no longer than ``max_draft_tokens``."""
+        """One list a request, in order, of ids of the vocabulary, each no longer than
+        ``max_draft_tokens`` and ``num_lookahead_tokens``."""
 
     @abstractmethod
     def finish(self, request_id: str) -> None:
@@ -56,6 +78,8 @@ class Drafter(Component):
 
 class NoDrafter(Drafter):
     """Proposes nothing: the null object."""
+
+    proposes = False
 
     def propose(self, context: DraftContext) -> DraftTokens:
         return DraftTokens([[] for _ in context.request_ids])
