@@ -393,6 +393,7 @@ def _prepare_steps(builder: Builder, runner: ModelRunner) -> None:
         with torch.inference_mode():
             parts.graph_runner.capture(parts.decode_step)
     for component in builder.built.values():
+        component.clear_cached()
         component.reset_counters()
 
 

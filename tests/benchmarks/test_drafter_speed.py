@@ -20,7 +20,7 @@ LIMIT_S = 20e-6
 #: A prompt is indexed once; it took at least as long to compute.
 PROMPT_LIMIT_S = 10e-3
 TOKENS = np.asarray(text_like(CONTEXT_TOKENS + 3000), dtype=np.int32)
-MODEL_FREE = ("ngram",)
+MODEL_FREE = ("ngram", "suffix")
 
 
 @pytest.mark.parametrize("new_tokens", [1, 4])

@@ -396,7 +396,10 @@ class Engine:
         self.parts.ledger.reset()
 
     def clear_cached(self) -> None:
-        """Forget cached prefixes, so that what comes next starts cold."""
+        """Forget cached prefixes and all else of past requests, so that what comes next starts
+        cold."""
+        for component in self.parts.components.values():
+            component.clear_cached()
         self.parts.scheduler.space.clear_cached()
 
     def check_integrity(self) -> None:
