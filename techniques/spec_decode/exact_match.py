@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workbench.slots.sampler import Sampler, SamplingMetadata
-from workbench.slots.verifier import Accepted, DraftsToVerify, Verifier
+from workbench.slots.verifier import AcceptanceCounts, Accepted, DraftsToVerify, Verifier
 
 
 class ExactMatch(Verifier):
@@ -20,8 +20,7 @@ class ExactMatch(Verifier):
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        # Verifications, verified and accepted tokens, summed on the device.
-        self._totals: torch.Tensor | None = None
+        self._counts = AcceptanceCounts()
 
     def verify(
         self,
@@ -31,35 +30,14 @@ class ExactMatch(Verifier):
         sampler: Sampler,
     ) -> Accepted:
         output = sampler.sample(logits, metadata)
-        width = drafts.token_ids.shape[1]
-        if width == 0:
+        if drafts.token_ids.shape[1] == 0:
             return Accepted(output.token_ids.unsqueeze(1), output.logprobs)
-        steps = torch.arange(width + 1, device=logits.device)
-        rows = (drafts.first_row.unsqueeze(1) + steps).clamp_(max=logits.shape[0] - 1)
-        drawn = output.token_ids[rows]
-        agrees = (drawn[:, :width] == drafts.token_ids).long()  # padding (-1) never agrees
-        num_accepted = agrees.cumprod(1).sum(1, keepdim=True)
-        self._count(drafts, num_accepted)
-        return Accepted(drawn.masked_fill(steps > num_accepted, -1), output.logprobs)
-
-    def _count(self, drafts: DraftsToVerify, num_accepted: torch.Tensor) -> None:
-        """Add up on the device, so that counting does not wait for it."""
-        is_draft = drafts.token_ids >= 0
-        step = torch.stack([is_draft.any(1).sum(), is_draft.sum(), num_accepted.sum()])
-        self._totals = step if self._totals is None else self._totals + step
+        num_accepted, last = drafts.match(output.token_ids)
+        self._counts.add(drafts, num_accepted)
+        return Accepted(drafts.keep(num_accepted, last), output.logprobs)
 
     def counters(self) -> dict[str, float]:
-        verifications, verified, accepted = (
-            (0, 0, 0) if self._totals is None else self._totals.tolist()
-        )
-        return {
-            "verifications": verifications,
-            "verified_tokens": verified,
-            "accepted_tokens": accepted,
-            "acceptance_rate": accepted / max(1, verified),
-            # The target's own token counts, as in vLLM and SGLang: 1 means nothing accepted.
-            "mean_accepted_length": 1 + accepted / max(1, verifications),
-        }
+        return self._counts.counters()
 
     def reset_counters(self) -> None:
-        self._totals = None
+        self._counts.reset()

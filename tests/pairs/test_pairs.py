@@ -42,6 +42,7 @@ TIGHT = {
     "host_offload": ("engine.prefix_cache.share_in_flight=false",),
     "optimistic_admission": ("engine.admission.headroom_tokens=2",),
     "paged_attention": ("engine.kv_cache.block_size=4",),
+    "rejection_sampling": ("engine.drafter.min_ngram=1",),
     "spec_decode": ("engine.drafter.min_ngram=1",),
 }
 #: Pools that are too small for what runs at once, for techniques that live off that.

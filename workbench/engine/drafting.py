@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+import torch
 
 from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
 
@@ -11,6 +14,42 @@ _LOG = logging.getLogger(__name__)
 
 class InvalidDraftError(ValueError):
     """A drafter proposed what it must not."""
+
+
+class ProposedProbs:
+    """What the drafts that wait for verification were drawn from, by row of the request table."""
+
+    def __init__(self) -> None:
+        self._by_row: dict[int, torch.Tensor] = {}
+
+    def note(self, rows: Sequence[int], drafts: DraftTokens) -> None:
+        """Keep those of new drafts; drafts that were there before are void."""
+        if drafts.probs is None and not self._by_row:
+            return
+        for k, row in enumerate(rows):
+            probs = None if drafts.probs is None else drafts.probs[k]
+            if probs is not None and drafts.token_ids[k]:
+                self._by_row[row] = probs[: len(drafts.token_ids[k])]
+            else:
+                self._by_row.pop(row, None)
+
+    def gather(
+        self, rows: Sequence[int], num_drafts: Sequence[int], token_ids: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Float32 ``[B, K, V]`` for the drafts ``token_ids[B, K]`` of these rows, one-hot where a
+        request's were proposed with certainty; None where all were."""
+        found = [
+            (b, count, self._by_row[row])
+            for b, (row, count) in enumerate(zip(rows, num_drafts, strict=True))
+            if count and row in self._by_row
+        ]
+        if not found:
+            return None
+        out = torch.zeros(*token_ids.shape, found[0][2].shape[1], device=token_ids.device)
+        out.scatter_(-1, token_ids.clamp(min=0).unsqueeze(-1), 1.0)
+        for b, count, probs in found:
+            out[b, :count] = probs[:count]
+        return out
 
 
 class Drafting:
@@ -45,7 +84,8 @@ class Drafting:
         for index, draft in enumerate(valid):
             if draft == []:
                 continue
-            reason = self._fault(draft, context.max_draft_tokens[index])
+            probs = None if drafts.probs is None else drafts.probs[index]
+            reason = self._fault(draft, probs, context.max_draft_tokens[index])
             if reason is not None:
                 self._give_up(context.request_ids[index], InvalidDraftError(reason))
                 valid[index] = []
@@ -69,12 +109,13 @@ class Drafting:
         """Leave out the requests that go on without drafts."""
         healthy = [i for i, name in enumerate(context.request_ids) if name not in self._failed]
         drafts: list[list[int]] = [[] for _ in context.request_ids]
+        probs: list[torch.Tensor | None] = [None] * len(drafts)
         if healthy:
-            for i, draft in zip(
-                healthy, self.propose(context.take(healthy)).token_ids, strict=True
-            ):
-                drafts[i] = draft
-        return DraftTokens(drafts)
+            found = self.propose(context.take(healthy))
+            for k, i in enumerate(healthy):
+                drafts[i] = found.token_ids[k]
+                probs[i] = None if found.probs is None else found.probs[k]
+        return DraftTokens(drafts, probs)
 
     def _propose_one_by_one(self, context: DraftContext, error: Exception) -> DraftTokens:
         """Find out for whom the drafter fails, since the others need not suffer."""
@@ -82,7 +123,10 @@ class Drafting:
             self._give_up(context.request_ids[0], error)
             return DraftTokens([[]])
         alone = [self.propose(context.take([i])) for i in range(len(context.request_ids))]
-        return DraftTokens([drafts.token_ids[0] for drafts in alone])
+        return DraftTokens(
+            [drafts.token_ids[0] for drafts in alone],
+            [None if drafts.probs is None else drafts.probs[0] for drafts in alone],
+        )
 
     def _check_shape(self, drafts: DraftTokens, context: DraftContext) -> None:
         count = len(context.request_ids)
@@ -90,8 +134,12 @@ class Drafting:
             raise InvalidDraftError(
                 f"it gave {len(drafts.token_ids)} lists of drafts for {count} requests"
             )
+        if drafts.probs is not None and len(drafts.probs) != count:
+            raise InvalidDraftError(
+                f"it gave probabilities of {len(drafts.probs)} requests for {count} requests"
+            )
 
-    def _fault(self, draft: list[int], limit: int) -> str | None:
+    def _fault(self, draft: list[int], probs: torch.Tensor | None, limit: int) -> str | None:
         """What is wrong with a request's drafts."""
         limit = min(limit, self.drafter.num_lookahead_tokens)
         if not isinstance(draft, list):
@@ -102,6 +150,13 @@ class Drafting:
             return f"it proposed {draft}, and ids are integers"
         if min(draft) < 0 or max(draft) >= self._vocab_size:
             return f"it proposed {draft}, and ids are 0 to {self._vocab_size - 1}"
+        if probs is not None:
+            rows, width = probs.shape
+            if rows < len(draft) or width != self._vocab_size:
+                return (
+                    f"its probabilities are {rows} x {width}, and {len(draft)} drafts over "
+                    f"{self._vocab_size} ids need {len(draft)} x {self._vocab_size}"
+                )
         return None
 
     def _give_up(self, request_id: str, error: Exception) -> None:

@@ -15,7 +15,7 @@ from workbench.core.step import (
     TokenLogprobs,
 )
 from workbench.engine.decode_step import DecodeStep
-from workbench.engine.drafting import Drafting
+from workbench.engine.drafting import Drafting, ProposedProbs
 from workbench.engine.host_pool import HostPool
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
@@ -65,6 +65,7 @@ class ModelRunner:
         self.parts = parts
         self.table = parts.table
         self.drafting = Drafting(parts.drafter, parts.vocab_size)
+        self._proposed_probs = ProposedProbs()
         # Drafts of the last step stand behind its tokens, which a prepared step does not read.
         step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
         self.inputs = InputGatherer(
@@ -169,13 +170,17 @@ class ModelRunner:
                 self.inputs.first_arange(count),
             )
         selected = self.inputs.device_index(inputs.sampling, batch.num_requests)
-        num_drafts = upload([inputs.num_drafts[i] for i in inputs.sampling], device)
+        counts = [inputs.num_drafts[i] for i in inputs.sampling]
+        num_drafts = upload(counts, device)
         steps = self.inputs.first_arange(width)
         columns = inputs.first_new.unsqueeze(1) + steps
         drafts = self.table.token_ids[batch.rows[selected].unsqueeze(1), columns].long()
         is_draft = steps < num_drafts.unsqueeze(1)
         first_row = upload(inputs.first_row, device)
-        return DraftsToVerify(drafts.masked_fill(~is_draft, -1), first_row)
+        drafts = drafts.masked_fill(~is_draft, -1)
+        rows = [inputs.rows[i] for i in inputs.sampling]
+        probs = self._proposed_probs.gather(rows, counts, drafts)
+        return DraftsToVerify(drafts, first_row, probs)
 
     def _logits(
         self, inputs: StepInputs, hidden: torch.Tensor
@@ -270,7 +275,7 @@ class ModelRunner:
         else:
             last = [f + len(t) - 1 for f, t in zip(inputs.first_row, tokens, strict=True)]
             last_hidden = hidden[upload(last, table.device)]
-        drafts = self.drafting.propose(
+        proposed = self.drafting.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
                 token_ids=[table.known_tokens(row) for row in rows],
@@ -278,7 +283,9 @@ class ModelRunner:
                 num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
                 hidden_states=last_hidden,
             )
-        ).token_ids
+        )
+        drafts = proposed.token_ids
+        self._proposed_probs.note(rows, proposed)
         for row, draft in zip(rows, drafts, strict=True):
             table.write_drafts(row, draft)
         return drafts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,10 +48,18 @@ class DraftContext:
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
-    """Proposals by request; ``probs`` where the drafter drew them from a distribution."""
+    """Proposals by request.
+
+    Attributes
+    ----------
+    probs : Tensor[B, K, V] or list of (Tensor[K, V] or None), or None
+        What the drafts were drawn from, float32, by request and position, where they were not
+        proposed with certainty. The numbers that they were drawn with must be others than those of
+        the request's seed (``uniform_from_seed``), with which they are tested.
+    """
 
     token_ids: list[list[int]]
-    probs: torch.Tensor | None = None
+    probs: torch.Tensor | Sequence[torch.Tensor | None] | None = None
 
 
 class Drafter(Component):
