@@ -265,6 +265,8 @@ def _build_speculation(builder: Builder) -> tuple[Drafter, Verifier]:
             f"drafter {type(drafter).__name__} proposes drafts, but verifier "
             f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
         )
+    if drafter.num_lookahead_tokens:
+        verifier.pair_with(drafter)
     return drafter, verifier
 
 

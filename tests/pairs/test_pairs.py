@@ -44,6 +44,7 @@ TIGHT = {
     "paged_attention": ("engine.kv_cache.block_size=4",),
     "rejection_sampling": ("engine.drafter.min_ngram=1",),
     "spec_decode": ("engine.drafter.min_ngram=1",),
+    "typical_acceptance": ("engine.drafter.min_ngram=1",),
 }
 #: Pools that are too small for what runs at once, for techniques that live off that.
 SMALL_POOL = {"optimistic_admission": 128, "host_offload": 96}
@@ -127,10 +128,15 @@ def test_greedy_tokens_equal_hf_and_every_technique_really_ran(names: tuple[str,
     for _ in range(1 + has_cache):
         outputs = engine.generate(PROMPTS, params)
         assert [o.error for o in outputs] == [None] * len(PROMPTS)
-        assert [o.token_ids for o in outputs] == hf_tokens()
+        if any(markers[name].losslessness == "lossy" for name in names):
+            assert [len(o.token_ids) for o in outputs] == LENGTHS
+        else:
+            assert [o.token_ids for o in outputs] == hf_tokens()
     counters = engine.counters()
     for name in with_requirements(names):
         for key in markers[name].evidence:
+            if key == "attention.decode_calls" and "synthetic_acceptance" in names:
+                continue  # every step has drafts
             assert counters[key] > 0, f"{name} shows no {key}"
 
 

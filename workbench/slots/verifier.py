@@ -9,6 +9,7 @@ import torch
 
 from workbench.core.step import TokenLogprobs
 from workbench.slots.component import Component
+from workbench.slots.drafter import Drafter
 from workbench.slots.sampler import Sampler, SamplingMetadata
 
 
@@ -130,6 +131,15 @@ class Verifier(Component):
     losslessness: str = "exact"
     #: Whether drafts may be given to it.
     accepts_drafts: bool = True
+
+    def pair_with(self, drafter: Drafter) -> None:
+        """Learn, once, whose drafts it will be given.
+
+        Raises
+        ------
+        ConfigError
+            It cannot verify them; says what it could.
+        """
 
     @abstractmethod
     def verify(
