@@ -32,6 +32,10 @@ from workbench.engine.engine import Engine
 NEW_TOKENS = 24
 #: Settings under which a technique has something to do at the size of these prompts.
 TIGHT = {
+    "adaptive_drafts": (
+        "engine.draft_length.allowance=1000",
+        "engine.draft_length.max_gap_steps=1",
+    ),
     "cascade_attention": (
         "engine.attention.min_requests=2",
         "engine.attention.min_shared_tokens=4",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 import torch
 
+from workbench.core.step import SchedulerOutput
+from workbench.slots.draft_length import DraftLength, FullLength, VerifiedStep
 from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
 
 _LOG = logging.getLogger(__name__)
@@ -62,17 +65,52 @@ class Drafting:
     ----------
     vocab_size
         Ids from 0 on that are valid.
+    draft_length
+        How many are asked for; by default all that the drafter has.
     """
 
-    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
+    def __init__(
+        self, drafter: Drafter, vocab_size: int, draft_length: DraftLength | None = None
+    ) -> None:
         self.drafter = drafter
+        self.draft_length: DraftLength = draft_length or FullLength()
+        self._num_allowed = drafter.num_lookahead_tokens
+        self._known_at: float | None = None  # when the tokens of the last step were
         self._num_failures = 0
         self._vocab_size = vocab_size
         self._failed: set[str] = set()
         self._has_warned = False
 
+    def observe(self, plan: SchedulerOutput, tokens: list[list[int]]) -> None:
+        """Tell the draft length of a step whose ``tokens``, by sampling request, are known now."""
+        if not self.draft_length.observes:
+            return
+        now, before = time.perf_counter(), self._known_at
+        self._known_at = now if tokens else None  # a step without tokens is not waited for
+        drafts = plan.num_draft_tokens
+        if len(tokens) != len(drafts):
+            drafts = [n for n, samples in zip(drafts, plan.samples, strict=True) if samples]
+        runs_prompts = plan.total_num_scheduled_tokens != len(tokens) + sum(drafts)
+        self.draft_length.observe(
+            VerifiedStep(
+                num_drafts=drafts,
+                num_accepted=[len(new) - 1 for new in tokens],
+                num_allowed=self._num_allowed,
+                seconds=None if before is None or runs_prompts else now - before,
+            )
+        )
+
     def propose(self, context: DraftContext) -> DraftTokens:
-        """Valid drafts by request, in the order of the context; none where the drafter failed."""
+        """Valid drafts by request, in the order of the context; none where the drafter failed, and
+        no more than the draft length says."""
+        if self.draft_length.observes and context.request_ids:
+            self._num_allowed = allowed = self.draft_length.choose(len(context.request_ids))
+            if not allowed:
+                return DraftTokens([[] for _ in context.request_ids])
+            context.max_draft_tokens = [min(allowed, n) for n in context.max_draft_tokens]
+        return self._propose(context)
+
+    def _propose(self, context: DraftContext) -> DraftTokens:
         if not self._failed.isdisjoint(context.request_ids):
             return self._propose_to_some(context)
         try:
@@ -111,7 +149,7 @@ class Drafting:
         drafts: list[list[int]] = [[] for _ in context.request_ids]
         probs: list[torch.Tensor | None] = [None] * len(drafts)
         if healthy:
-            found = self.propose(context.take(healthy))
+            found = self._propose(context.take(healthy))
             for k, i in enumerate(healthy):
                 drafts[i] = found.token_ids[k]
                 probs[i] = None if found.probs is None else found.probs[k]
@@ -122,7 +160,7 @@ class Drafting:
         if len(context.request_ids) == 1:
             self._give_up(context.request_ids[0], error)
             return DraftTokens([[]])
-        alone = [self.propose(context.take([i])) for i in range(len(context.request_ids))]
+        alone = [self._propose(context.take([i])) for i in range(len(context.request_ids))]
         return DraftTokens(
             [drafts.token_ids[0] for drafts in alone],
             [None if drafts.probs is None else drafts.probs[0] for drafts in alone],

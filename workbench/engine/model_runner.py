@@ -21,6 +21,7 @@ from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
 from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.draft_length import DraftLength
 from workbench.slots.drafter import DraftContext, Drafter
 from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_pool import KVPool
@@ -53,6 +54,7 @@ class RunnerParts:
     sampler: Sampler
     drafter: Drafter
     verifier: Verifier
+    draft_length: DraftLength
     vocab_size: int
     #: What the graph runner prepared; None where it prepared nothing.
     decode_step: DecodeStep | None = None
@@ -64,7 +66,7 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self.parts = parts
         self.table = parts.table
-        self.drafting = Drafting(parts.drafter, parts.vocab_size)
+        self.drafting = Drafting(parts.drafter, parts.vocab_size, parts.draft_length)
         self._proposed_probs = ProposedProbs()
         # Drafts of the last step stand behind its tokens, which a prepared step does not read.
         step = None if parts.drafter.num_lookahead_tokens else parts.decode_step
@@ -270,6 +272,7 @@ class ModelRunner:
             assert params is not None
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
+        self.drafting.observe(plan, tokens)
         if not self.parts.drafter.reads_hidden_states:
             last_hidden = None
         else:
