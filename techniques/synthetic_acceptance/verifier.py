@@ -35,7 +35,7 @@ class SyntheticVerifierConfig:
 class SyntheticVerifier(Verifier):
     """Accepts by chance, independent of the logits; the last token is the target's own.
 
-    The n-th step of an engine always accepts the same number of drafts of the request at a place.
+    The n-th step from a cold start accepts the same number of drafts of the request at a place.
     """
 
     Config = SyntheticVerifierConfig
@@ -99,17 +99,21 @@ class SyntheticVerifier(Verifier):
         the share of those with at least so many is the curve's."""
         count, width = drafts.token_ids.shape
         device = drafts.token_ids.device
-        if self._on_device is None or self._step is None:
+        if self._on_device is None:
             curve = self._curve or geometric_curve(
                 min(self.config.mean_accepted_length, width + 1), width
             )
             self._on_device = torch.tensor(curve, dtype=torch.float64, device=device)
+        if self._step is None:
             self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._step += 1
         seeds = torch.arange(count, device=device) + self.config.seed * 1_000_003
         uniform = uniform_from_seed(seeds, self._step)
         passes = uniform.unsqueeze(1) < self._on_device[:width]
         return (passes & (drafts.token_ids >= 0)).sum(1)
+
+    def clear_cached(self) -> None:
+        self._step = None  # what starts cold is accepted as the last time
 
     def counters(self) -> dict[str, float]:
         return self._counts.counters()
