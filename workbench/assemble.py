@@ -51,6 +51,7 @@ from workbench.sizing import (
     resolve_model_len,
     whole_blocks,
 )
+from workbench.slots.draft_length import FullLength
 from workbench.slots.drafter import Drafter
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
@@ -268,6 +269,9 @@ def _build_speculation(builder: Builder) -> tuple[Drafter, Verifier]:
             f"drafter {type(drafter).__name__} proposes drafts, but verifier "
             f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
         )
+    if drafter.num_lookahead_tokens:
+        verifier.pair_with(drafter)
+    builder.build("draft_length", num_lookahead_tokens=drafter.num_lookahead_tokens)
     return drafter, verifier
 
 
@@ -292,6 +296,7 @@ def _build_runner(
     if memory is not None:
         pool = builder.make("kv_pool", num_blocks=0, **size)
         trial = _make_runner(builder, decoder, platform, limits, max_model_len, pool, 0)
+        trial.drafting.draft_length = FullLength()  # nothing is to be learnt from its steps
         del pool
         profile = _profile(builder, trial, limits, max_model_len, memory)
         del trial
@@ -362,6 +367,8 @@ def _make_runner(
             sampler=built["sampler"],
             drafter=built["drafter"],
             verifier=built["verifier"],
+            draft_length=built["draft_length"],
+            vocab_size=decoder.spec.vocab_size,
             decode_step=decode_step,
             verify_step=verify_step,
         )
@@ -402,6 +409,7 @@ def _prepare_steps(builder: Builder, runner: ModelRunner) -> None:
         with torch.inference_mode():
             parts.graph_runner.capture(parts.prepared_steps)
     for component in builder.built.values():
+        component.clear_cached()
         component.reset_counters()
 
 

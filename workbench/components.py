@@ -24,6 +24,7 @@ SLOTS = (
     "sampler",
     "drafter",
     "verifier",
+    "draft_length",
     "executor",
     "policy",
     "admission",

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from workbench.assemble import EngineConfig, Limits
+from workbench.assemble import EngineConfig, Limits, load_class
 from workbench.core.errors import ConfigError, unknown_name
 from workbench.models.source import open_source
 from workbench.sizing import FILL
@@ -196,6 +196,25 @@ def check_requirements(composed: Composed) -> None:
                 f"technique {marker.name!r} requires {', '.join(missing)}. "
                 f"Use +technique=[{together}]."
             )
+    _check_verifier(composed)
+
+
+def _check_verifier(composed: Composed) -> None:
+    """Drafts need a verifier that takes them."""
+    drafter, verifier = (
+        load_class(composed.components[slot]["_target_"]) for slot in ("drafter", "verifier")
+    )
+    if drafter.proposes and not verifier.accepts_drafts:
+        nodes = {
+            o: OmegaConf.load(CONF_DIR / f"engine/verifier/{o}.yaml")
+            for o in options_of("engine/verifier")
+        }
+        valid = [o for o, node in nodes.items() if load_class(node["_target_"]).accepts_drafts]
+        raise ConfigError(
+            f"engine/drafter={composed.choices['engine/drafter']} proposes drafts, but "
+            f"engine/verifier={composed.choices['engine/verifier']} takes none. Choose "
+            f"engine/verifier= one of {', '.join(valid)}, or engine/drafter=none."
+        )
 
 
 def technique_names(overrides: Sequence[str]) -> list[str]:

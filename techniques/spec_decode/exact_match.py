@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workbench.slots.sampler import Sampler, SamplingMetadata
-from workbench.slots.verifier import Accepted, DraftsToVerify, Verifier
+from workbench.slots.verifier import AcceptanceCounts, Accepted, DraftsToVerify, Verifier
 
 
 class ExactMatch(Verifier):
@@ -21,9 +21,7 @@ class ExactMatch(Verifier):
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        # Verifications, verified and accepted tokens, summed on the device.
-        self._totals: torch.Tensor | None = None
-        self._prepared = [0, 0, 0]  # the same of prepared steps, known on the host
+        self._counts = AcceptanceCounts()
 
     def verify(
         self,
@@ -33,41 +31,17 @@ class ExactMatch(Verifier):
         sampler: Sampler,
     ) -> Accepted:
         output = sampler.sample(logits, metadata)
-        width = drafts.token_ids.shape[1]
-        if width == 0:
+        if drafts.token_ids.shape[1] == 0:
             return Accepted(output.token_ids.unsqueeze(1), output.logprobs)
-        steps = torch.arange(width + 1, device=logits.device)
-        rows = (drafts.first_row.unsqueeze(1) + steps).clamp_(max=logits.shape[0] - 1)
-        drawn = output.token_ids[rows]
-        agrees = (drawn[:, :width] == drafts.token_ids).long()  # padding (-1) never agrees
-        num_accepted = agrees.cumprod(1).sum(1, keepdim=True)
-        self._count(drafts, num_accepted)
-        return Accepted(drawn.masked_fill(steps > num_accepted, -1), output.logprobs)
-
-    def _count(self, drafts: DraftsToVerify, num_accepted: torch.Tensor) -> None:
-        """Add up on the device, so that counting does not wait for it."""
-        is_draft = drafts.token_ids >= 0
-        step = torch.stack([is_draft.any(1).sum(), is_draft.sum(), num_accepted.sum()])
-        self._totals = step if self._totals is None else self._totals + step
+        num_accepted, last = drafts.match(output.token_ids)
+        self._counts.add(drafts, num_accepted)
+        return Accepted(drafts.keep(num_accepted, last), output.logprobs)
 
     def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
-        step = (sum(n > 0 for n in num_drafts), sum(num_drafts), sum(num_accepted))
-        self._prepared = [a + b for a, b in zip(self._prepared, step, strict=True)]
+        self._counts.note(num_drafts, num_accepted)
 
     def counters(self) -> dict[str, float]:
-        own = [0, 0, 0] if self._totals is None else self._totals.tolist()
-        verifications, verified, accepted = (
-            a + b for a, b in zip(own, self._prepared, strict=True)
-        )
-        return {
-            "verifications": verifications,
-            "verified_tokens": verified,
-            "accepted_tokens": accepted,
-            "acceptance_rate": accepted / max(1, verified),
-            # The target's own token counts, as in vLLM and SGLang: 1 means nothing accepted.
-            "mean_accepted_length": 1 + accepted / max(1, verifications),
-        }
+        return self._counts.counters()
 
     def reset_counters(self) -> None:
-        self._totals = None
-        self._prepared = [0, 0, 0]
+        self._counts.reset()

@@ -9,6 +9,9 @@ import numpy as np
 from workbench.core.errors import ConfigError
 from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
 
+#: New tokens up to which a loop is faster than columns.
+_FEW_TOKENS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class NgramConfig:
@@ -81,33 +84,48 @@ class _NgramIndex:
 
     def __init__(self, config: NgramConfig) -> None:
         self._sizes = range(config.max_ngram, config.min_ngram - 1, -1)
-        self._after: dict[tuple[int, ...], int] = {}
+        # One dictionary a size: keys of one length hash and compare faster than mixed ones.
+        self._after: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in self._sizes}
         self._num_indexed = 0
 
     def continuation(self, tokens: np.ndarray, limit: int) -> list[int]:
         """Up to ``limit`` tokens that followed the longest suffix seen before."""
-        self._extend(tokens)
+        num_tokens = len(tokens)
+        base = max(0, min(self._num_indexed + 1, num_tokens) - self._sizes.start)
+        recent = tokens[base:].tolist()
+        if num_tokens - 1 > self._num_indexed:
+            self._extend(recent, base)
         if limit < 1:
             return []
-        for size in self._sizes:
-            if size >= len(tokens):
-                continue
-            start = self._after.get(tuple(tokens[-size:].tolist()))
-            if start is not None:
-                draft: list[int] = tokens[start : start + limit].tolist()
-                return draft
+        for size, after in self._after.items():
+            if size < num_tokens:
+                start = after.get(tuple(recent[-size:]))
+                if start is not None:
+                    draft: list[int] = tokens[start : start + limit].tolist()
+                    return draft
         return []
 
-    def _extend(self, tokens: np.ndarray) -> None:
-        """Index every n-gram that ends before the last token (the last has no continuation)."""
-        first = self._num_indexed
-        if len(tokens) - 1 <= first:
+    def _extend(self, recent: list[int], base: int) -> None:
+        """Index every n-gram that ends before the last token (the last has no continuation).
+
+        ``recent`` are the tokens from ``base`` on, which begins so early that each n-gram that
+        ends at a new token is whole.
+        """
+        stop = len(recent) - 1
+        first = self._num_indexed - base
+        self._num_indexed = base + stop
+        if stop - first > _FEW_TOKENS:
+            for size, after in self._after.items():
+                columns = [recent[offset:] for offset in range(size)]
+                # zip makes the tuples without a line of Python a token.
+                after.update(
+                    zip(
+                        zip(*columns, strict=False),
+                        range(base + size, base + stop + 1),
+                        strict=False,
+                    )
+                )
             return
-        base = max(0, first - self._sizes.start)
-        recent = tokens[base:].tolist()
-        for end in range(first, len(tokens) - 1):
-            for size in self._sizes:
-                if end - size + 1 >= 0:
-                    stop = end + 1 - base
-                    self._after[tuple(recent[stop - size : stop])] = end + 1
-        self._num_indexed = len(tokens) - 1
+        for size, after in self._after.items():
+            for end in range(max(first + 1, size), stop + 1):
+                after[tuple(recent[end - size : end])] = base + end

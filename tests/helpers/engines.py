@@ -96,6 +96,12 @@ def declared_conflict(techniques: Sequence[str]) -> bool:
     )
 
 
+def weakest_class(techniques: Sequence[str]) -> str:
+    """What the techniques, and all that they require, promise together of their tokens."""
+    classes = {markers_here()[name].losslessness for name in with_requirements(techniques)}
+    return next((c for c in ("lossy", "distributional") if c in classes), "exact")
+
+
 @functools.cache
 def why_not_here(technique: str) -> str | None:
     """Why a technique cannot run on this machine's CPU, in the engine's words; None if it can."""

@@ -20,6 +20,7 @@ from tests.helpers.engines import (
     shared_engine,
     tiny_engine,
     together,
+    weakest_class,
     why_not_here,
     with_requirements,
 )
@@ -32,6 +33,10 @@ from workbench.engine.engine import Engine
 NEW_TOKENS = 24
 #: Settings under which a technique has something to do at the size of these prompts.
 TIGHT = {
+    "adaptive_drafts": (
+        "engine.draft_length.allowance=1000",
+        "engine.draft_length.max_gap_steps=1",
+    ),
     "cascade_attention": (
         "engine.attention.min_requests=2",
         "engine.attention.min_shared_tokens=4",
@@ -42,7 +47,9 @@ TIGHT = {
     "host_offload": ("engine.prefix_cache.share_in_flight=false",),
     "optimistic_admission": ("engine.admission.headroom_tokens=2",),
     "paged_attention": ("engine.kv_cache.block_size=4",),
+    "rejection_sampling": ("engine.drafter.min_ngram=1",),
     "spec_decode": ("engine.drafter.min_ngram=1",),
+    "typical_acceptance": ("engine.drafter.min_ngram=1",),
 }
 #: Pools that are too small for what runs at once, for techniques that live off that.
 SMALL_POOL = {"optimistic_admission": 128, "host_offload": 96}
@@ -127,10 +134,15 @@ def test_greedy_tokens_equal_hf_and_every_technique_really_ran(names: tuple[str,
     for _ in range(1 + has_cache):
         outputs = engine.generate(PROMPTS, params)
         assert [o.error for o in outputs] == [None] * len(PROMPTS)
-        assert [o.token_ids for o in outputs] == hf_tokens()
+        if weakest_class(names) == "lossy":
+            assert [len(o.token_ids) for o in outputs] == LENGTHS
+        else:
+            assert [o.token_ids for o in outputs] == hf_tokens()
     counters = engine.counters()
     for name in with_requirements(names):
         for key in markers[name].evidence:
+            if key == "attention.decode_calls" and "synthetic_acceptance" in names:
+                continue  # every step has drafts
             assert counters[key] > 0, f"{name} shows no {key}"
 
 
@@ -153,8 +165,7 @@ def test_seeded_tokens_are_those_of_the_bare_engine(
         for i, n in enumerate(LENGTHS)
     ]
     bare = shared_engine(max_num_seqs=3).generate(PROMPTS, params)
-    exact = all(markers_here()[n].losslessness == "exact" for n in with_requirements(names))
-    if not exact:
+    if weakest_class(names) != "exact":
         pytest.skip("draws of the same distribution, not the same draws")
     outputs = build(names).generate(PROMPTS, params)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in bare]

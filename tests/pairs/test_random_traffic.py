@@ -19,6 +19,7 @@ from tests.helpers.engines import (
     declared_conflict,
     mixed_prompts,
     shared_engine,
+    weakest_class,
     with_requirements,
 )
 from tests.helpers.tiny_models import hf_greedy, tiny_model
@@ -116,7 +117,11 @@ def test_every_request_gets_its_own_tokens(names: tuple[str, ...], seed: int) ->
     check_idle(engine)
     assert len(asked) > 30
     assert 2 <= len(aborted) < len(asked) / 2
+    promise = weakest_class(names)
     for name, (index, is_drawn, max_tokens) in asked.items():
+        if promise == "lossy" or (promise == "distributional" and is_drawn):
+            assert name in aborted or len(got[name]) == max_tokens
+            continue
         full = list(expected(index, is_drawn)[:max_tokens])
         if name in aborted:
             assert got.get(name, []) == full[: len(got.get(name, []))]

@@ -313,12 +313,21 @@ def test_losslessness_classes_need_their_check(bench: Bench) -> None:
 
     variants = [
         bench.variant("lossy", losslessness="lossy", tokens=wrong_tokens),
-        bench.variant("unchecked", losslessness="distributional"),
     ]
-    lossy, unchecked = bench.run(*variants, checks={"lossy": check})
+    (lossy,) = bench.run(*variants, checks={"lossy": check})
     assert (lossy.record.status, lossy.record.verdict) == ("OK", "lossy")
+    (unchecked,) = bench.run(bench.variant("unchecked", losslessness="lossy"))
     assert unchecked.record.verdict == "INVALID"
-    assert "'distributional'" in (unchecked.record.error or "")
+    assert "'lossy'" in (unchecked.record.error or "")
+
+
+def test_a_kept_distribution_gives_greedy_requests_the_exact_tokens(bench: Bench) -> None:
+    right, wrong = bench.run(
+        bench.variant("right", losslessness="distributional"),
+        bench.variant("wrong", losslessness="distributional", tokens=wrong_tokens),
+    )
+    assert (right.record.status, right.record.verdict) == ("OK", "distributional")
+    assert wrong.record.verdict == "FAILED"
 
 
 def test_ties_are_counted(bench: Bench) -> None:

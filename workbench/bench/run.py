@@ -113,7 +113,8 @@ def run_bench(
     margin_fn
         Margins of the reference, asked for where ties are allowed (see :func:`check_exact`).
     checks
-        Gate by losslessness class, for those but ``exact``. A class without one is INVALID.
+        Gate by losslessness class, for those but ``exact``. Without one, ``distributional`` is held
+        to the exact tokens of greedy requests, and ``lossy`` is INVALID.
     workload
         ``name``, ``digest`` and settings of the workload, for the record; a
         ``declared_hit_rate`` in it must be reached by every variant with a prefix cache.
@@ -397,8 +398,9 @@ class _Job:
     def _check_outputs(self, state: VariantState, outputs: Outputs) -> GateResult:
         assert state.info is not None
         lossless = state.variant.losslessness
-        if lossless == "exact":
-            return check_exact(
+        check = self.checks.get(lossless)
+        if lossless == "exact" or (lossless == "distributional" and check is None):
+            gate = check_exact(
                 outputs,
                 self.reference,
                 dtype=state.info.dtype,
@@ -407,9 +409,11 @@ class _Job:
                 epsilon=self.settings.epsilon,
                 fixed_length={r.request_id for r in self.requests if r.ignore_eos},
             )
-        check = self.checks.get(lossless)
+            # The requests are greedy: their distribution is one token.
+            is_weaker = gate.is_passed and lossless == "distributional"
+            return replace(gate, verdict="distributional") if is_weaker else gate
         if check is None:
-            known = ", ".join(["exact", *sorted(self.checks)])
+            known = ", ".join(sorted({"exact", "distributional", *self.checks}))
             return GateResult(
                 "INVALID",
                 f"no check was given for losslessness {lossless!r}, so its outputs cannot be "

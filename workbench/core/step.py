@@ -181,6 +181,8 @@ class ModelRunnerOutput:
         By request and new token, where asked for.
     num_context_tokens
         Tokens of KV that the step's requests had before it, summed.
+    num_draft_failures
+        Requests that go on without drafts since the drafter failed for them in this step.
     timings_us, starts_s
         By part of the step: how long the host was at it, and when it began (``perf_counter``).
     """
@@ -191,6 +193,7 @@ class ModelRunnerOutput:
     num_context_tokens: int = 0
     num_padded_tokens: int = 0
     graph_mode: str = "eager"
+    num_draft_failures: int = 0
     timings_us: dict[str, float] = field(default_factory=dict)
     starts_s: dict[str, float] = field(default_factory=dict)
 
@@ -211,6 +214,8 @@ class StepRecord:
         The device's time as the host sees it: from the launch of the step, or from the tokens of
         the step before if those came later, until the step's tokens are on the host. A step that
         yields no token is not waited for: what the device still has to do of it counts to the next.
+    num_draft_failures
+        Requests that go on without drafts since the drafter failed for them after this step.
     parts_us, starts_s
         By part of the step: how long the host was at it, and when it began (``perf_counter``).
     device_start_s
@@ -232,6 +237,7 @@ class StepRecord:
     graph_mode: str
     host_us: float
     device_us: float
+    num_draft_failures: int = 0
     parts_us: dict[str, float] = field(default_factory=dict)
     starts_s: dict[str, float] = field(default_factory=dict)
     device_start_s: float = 0.0

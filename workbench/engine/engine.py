@@ -61,6 +61,7 @@ class Engine:
         self.steps: deque[StepRecord] = deque(maxlen=1 << 17)
         self._device_until_s = 0.0  # when the tokens of the last step were there
         self._ahead_s = 0.0  # of the last call, for the step that comes now
+        self._draft_failures = 0
         self._states: dict[str, RequestState] = {}
         self._child_of: dict[str, tuple[RequestState, int]] = {}
         self._ids = itertools.count()
@@ -290,6 +291,7 @@ class Engine:
             num_single = plan.num_scheduled_tokens.count(1)
         sampled = sum(map(len, result.token_ids))
         num_sampling = sum(plan.samples)
+        self._draft_failures += result.num_draft_failures
         self.steps.append(
             StepRecord(
                 step=plan.step,
@@ -307,6 +309,7 @@ class Engine:
                 graph_mode=result.graph_mode,
                 host_us=host_us,
                 device_us=(until_s - device_start_s) * 1e6,
+                num_draft_failures=result.num_draft_failures,
                 parts_us=parts_us,
                 starts_s=starts_s,
                 device_start_s=device_start_s,
@@ -378,6 +381,8 @@ class Engine:
         for slot, component in self.parts.components.items():
             for name, value in component.counters().items():
                 merged[f"{slot}.{name}"] = value
+        # A drafter that fails cannot be trusted to count it.
+        merged["drafter.failures"] = self._draft_failures
         for name, value in self.parts.graph_runner.replayed_counters().items():
             merged[name] = merged.get(name, 0) + value
         return merged
@@ -386,11 +391,15 @@ class Engine:
         """Set all counters to zero and forget past steps."""
         for component in self.parts.components.values():
             component.reset_counters()
+        self._draft_failures = 0
         self.steps.clear()
         self.parts.ledger.reset()
 
     def clear_cached(self) -> None:
-        """Forget cached prefixes, so that what comes next starts cold."""
+        """Forget cached prefixes and all else of past requests, so that what comes next starts
+        cold."""
+        for component in self.parts.components.values():
+            component.clear_cached()
         self.parts.scheduler.space.clear_cached()
 
     def check_integrity(self) -> None:

@@ -15,6 +15,7 @@ from workbench.core.step import (
     TokenLogprobs,
 )
 from workbench.engine.decode_step import DecodeStep
+from workbench.engine.drafting import Drafting, ProposedProbs
 from workbench.engine.host_pool import HostPool
 from workbench.engine.prepared_step import PreparedRun, PreparedStep
 from workbench.engine.request_table import RequestTable
@@ -22,6 +23,7 @@ from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
 from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.draft_length import DraftLength
 from workbench.slots.drafter import DraftContext, Drafter
 from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_pool import KVPool
@@ -54,6 +56,8 @@ class RunnerParts:
     sampler: Sampler
     drafter: Drafter
     verifier: Verifier
+    draft_length: DraftLength
+    vocab_size: int
     #: What the graph runner prepares; None where it does not.
     decode_step: DecodeStep | None = None
     verify_step: VerifyStep | None = None
@@ -70,6 +74,8 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self.parts = parts
         self.table = parts.table
+        self.drafting = Drafting(parts.drafter, parts.vocab_size, parts.draft_length)
+        self._proposed_probs = ProposedProbs()
         self.inputs = InputGatherer(
             parts.table,
             parts.pool.block_size,
@@ -183,7 +189,7 @@ class ModelRunner:
             self.inputs.leave_steady()  # an id may have come back with another row
         for request_id in plan.finished_request_ids:
             self.table.remove(request_id)
-            self.parts.drafter.finish(request_id)
+            self.drafting.finish(request_id)
         if plan.new_requests:
             self.table.add_all(plan.new_requests)
         if plan.new_block_ids:
@@ -204,7 +210,10 @@ class ModelRunner:
         tokens = batch.logits_indices[first_row].unsqueeze(1) + 1 + steps
         drafts = batch.input_ids[tokens.clamp_(max=batch.num_tokens - 1)]
         is_draft = steps < num_drafts.unsqueeze(1)
-        return DraftsToVerify(drafts.masked_fill(~is_draft, -1), first_row)
+        drafts = drafts.masked_fill(~is_draft, -1)
+        rows = [inputs.rows[i] for i in inputs.sampling]
+        probs = self._proposed_probs.gather(rows, counts, drafts)
+        return DraftsToVerify(drafts, first_row, probs)
 
     def _logits(
         self, inputs: StepInputs, hidden: torch.Tensor
@@ -294,14 +303,23 @@ class ModelRunner:
             assert params is not None
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
-        drafts = self.parts.drafter.propose(
+        self.drafting.observe(plan, tokens)
+        if hidden is None or not self.parts.drafter.reads_hidden_states:
+            last_hidden = None
+        else:
+            last = [f + len(t) - 1 for f, t in zip(inputs.first_row, tokens, strict=True)]
+            last_hidden = hidden[upload(last, table.device)]
+        proposed = self.drafting.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
                 token_ids=[table.known_tokens(row) for row in rows],
                 max_draft_tokens=limits,
-                hidden_states=hidden,
+                num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
+                hidden_states=last_hidden,
             )
-        ).token_ids
+        )
+        drafts = proposed.token_ids
+        self._proposed_probs.note(rows, proposed)
         table.write_drafts(index, drafts)
         return drafts
 
@@ -378,6 +396,7 @@ class RunningStep:
             num_context_tokens=self._num_context_tokens,
             num_padded_tokens=0 if self._prepared is None else self._prepared.num_padded_tokens,
             graph_mode="eager" if self._prepared is None else "graph",
+            num_draft_failures=self._runner.drafting.take_num_failures(),
             timings_us=clock.laps,
             starts_s=clock.starts,
         )

@@ -159,7 +159,7 @@ def run_largest_steps(
         known = plan.request_ids
     for request_id in known:
         runner.table.remove(request_id)
-        runner.parts.drafter.finish(request_id)
+        runner.drafting.finish(request_id)
     return plans
 
 

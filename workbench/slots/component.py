@@ -33,3 +33,6 @@ class Component(ABC):  # noqa: B024 - its subclasses, the slots, have the abstra
 
     def reset_counters(self) -> None:  # noqa: B027 - most components count nothing
         """Set every counter to zero."""
+
+    def clear_cached(self) -> None:  # noqa: B027 - most components keep nothing
+        """Forget what was learnt from requests that are done, so that what comes starts cold."""

@@ -83,11 +83,30 @@ class TorchSampler(Sampler):
         if not metadata.all_greedy:
             rows = [i for i, p in enumerate(metadata.params) if not p.is_greedy]
             index = torch.tensor(rows, device=logits.device)
-            probs = _truncated_probs(logits[index], [metadata.params[i] for i in rows])
+            probs = truncated_probs(logits[index], [metadata.params[i] for i in rows])
             uniform = uniform_from_seed(metadata.seeds[index], metadata.positions[index])
             token_ids[index] = invert_cdf(probs, uniform)
         logprobs = find_logprobs(raw, token_ids, metadata.params) if metadata.any_logprobs else None
         return SamplerOutput(token_ids, logprobs)
+
+
+def target_probs(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+    """What each row of ``logits[L, V]`` is drawn from, float32 ``[L, V]`` of any sum: after
+    penalties, temperature and truncation; a greedy row has one token. May overwrite ``logits``."""
+    logits = logits.float()
+    if metadata.any_penalties:
+        apply_penalties(logits, metadata)
+    greedy = [i for i, p in enumerate(metadata.params) if p.is_greedy]
+    if not greedy:
+        return truncated_probs(logits, metadata.params)
+    likeliest = kernels.argmax(logits)
+    probs = torch.zeros_like(logits)
+    if len(greedy) < len(metadata.params):
+        probs = truncated_probs(logits, metadata.params)
+        probs[torch.tensor(greedy, device=logits.device)] = 0.0
+    index = torch.tensor(greedy, device=logits.device)
+    probs[index, likeliest[index]] = 1.0
+    return probs
 
 
 def uniform_from_seed(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -118,7 +137,7 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, device=like.device, dtype=torch.float32).unsqueeze(-1)
 
 
-def _truncated_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def truncated_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Probabilities ``[L, V]`` after temperature, top-k, top-p and min-p, in that order."""
     # The largest becomes 0 first: however cold, it stays finite while the others go to -inf.
     logits = logits.float() - logits.float().amax(-1, keepdim=True)

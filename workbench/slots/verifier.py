@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from workbench.core.step import TokenLogprobs
 from workbench.slots.component import Component
+from workbench.slots.drafter import Drafter
 from workbench.slots.sampler import Sampler, SamplingMetadata
 
 
@@ -23,10 +25,43 @@ class DraftsToVerify:
     first_row : Tensor[B] int64
         Request ``b`` owns rows ``first_row[b] .. first_row[b] + num_drafts[b]``; the row after
         the last draft yields the bonus token.
+    probs : Tensor[B, K, V] float32 or None
+        What each draft was drawn from; None where all were proposed with certainty.
     """
 
     token_ids: torch.Tensor
     first_row: torch.Tensor
+    probs: torch.Tensor | None = None
+
+    def rows(self, num_rows: int) -> torch.Tensor:
+        """Row of logits of each place ``[B, K + 1]``; some valid row behind the last draft."""
+        steps = torch.arange(self.token_ids.shape[1] + 1, device=self.token_ids.device)
+        return (self.first_row.unsqueeze(1) + steps).clamp_(max=num_rows - 1)
+
+    def match(self, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts agree with what was drawn at every row, ``drawn[L]``, and what was drawn
+        after them; both ``[B]`` int64."""
+        at = drawn[self.rows(drawn.shape[0])]
+        agrees = (at[:, :-1] == self.token_ids).long()  # padding (-1) never agrees
+        num_accepted = agrees.cumprod(1).sum(1)
+        return num_accepted, at.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+
+    def by_row(self, kept: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The tokens of ``kept[B, K + 1]`` at their rows of logits, ``[L]``; 0 elsewhere. Waits for
+        the device."""
+        is_token = kept >= 0
+        placed = kept.new_zeros(num_rows)
+        placed[self.rows(num_rows)[is_token]] = kept[is_token]
+        return placed
+
+    def keep(self, num_accepted: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The first ``num_accepted[B]`` drafts and the token ``last[B]`` after them, ``[B, K + 1]``
+        padded with -1."""
+        count = num_accepted.unsqueeze(1)
+        steps = torch.arange(self.token_ids.shape[1] + 1, device=self.token_ids.device)
+        padded = torch.nn.functional.pad(self.token_ids, (0, 1), value=-1)
+        kept = padded.masked_fill(steps >= count, -1)
+        return torch.where(steps == count, last.unsqueeze(1), kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +80,68 @@ class Accepted:
     logprobs: list[TokenLogprobs | None] | None = None
 
 
+class AcceptanceCounts:
+    """How many drafts were verified and accepted at each position, summed on the device, so that
+    counting does not wait for it."""
+
+    def __init__(self) -> None:
+        self._totals: torch.Tensor | None = None  # [2, K] int64
+        #: The same of steps whose numbers the host knows.
+        self._noted = np.zeros((2, 0), dtype=np.int64)
+
+    def add(self, drafts: DraftsToVerify, num_accepted: torch.Tensor) -> None:
+        """Count a step in which the first ``num_accepted[B]`` drafts were accepted."""
+        is_draft = drafts.token_ids >= 0
+        width = is_draft.shape[1]
+        kept = torch.arange(width, device=is_draft.device) < num_accepted.unsqueeze(1)
+        step = torch.stack([is_draft, kept]).sum(1)
+        if self._totals is None:
+            self._totals = step
+            return
+        if self._totals.shape[1] < width:
+            missing = width - self._totals.shape[1]
+            self._totals = torch.nn.functional.pad(self._totals, (0, missing))
+        self._totals[:, :width] += step
+
+    def note(self, num_drafts: list[int], num_accepted: list[int]) -> None:
+        """Count a step that was verified elsewhere."""
+        width = max(self._noted.shape[1], max(num_drafts, default=0))
+        noted = np.zeros((2, width), dtype=np.int64)
+        noted[:, : self._noted.shape[1]] = self._noted
+        for line, counts in zip(noted, (num_drafts, num_accepted), strict=True):
+            # Behind a position: all whose count is beyond it.
+            exactly = np.bincount(counts, minlength=width + 1)
+            line += exactly[::-1].cumsum()[::-1][1:]
+        self._noted = noted
+
+    def counters(self) -> dict[str, float]:
+        """Sums, and by position: ``verified_at_1`` and ``accepted_at_1`` are of first drafts."""
+        own = np.zeros((2, 0), dtype=np.int64)
+        if self._totals is not None:
+            own = np.array(self._totals.tolist(), dtype=np.int64)
+        both = np.zeros((2, max(own.shape[1], self._noted.shape[1])), dtype=np.int64)
+        both[:, : own.shape[1]] += own
+        both[:, : self._noted.shape[1]] += self._noted
+        verified, accepted = both.tolist()
+        verifications = verified[0] if verified else 0
+        counts: dict[str, float] = {
+            "verifications": verifications,
+            "verified_tokens": sum(verified),
+            "accepted_tokens": sum(accepted),
+            "acceptance_rate": sum(accepted) / max(1, sum(verified)),
+            # The target's own token counts, as in vLLM and SGLang: 1 means nothing accepted.
+            "mean_accepted_length": 1 + sum(accepted) / max(1, verifications),
+        }
+        for name, by_position in (("verified", verified), ("accepted", accepted)):
+            counts |= {f"{name}_at_{i}": n for i, n in enumerate(by_position, start=1)}
+        return counts
+
+    def reset(self) -> None:
+        """Start from zero."""
+        self._totals = None
+        self._noted = np.zeros((2, 0), dtype=np.int64)
+
+
 class Verifier(Component):
     """Turns logits and drafts into tokens, keeping the distribution it declares to keep.
 
@@ -58,6 +155,15 @@ class Verifier(Component):
     #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest
     #: tokens, and the likeliest token after them. Then a prepared step may do so in its place.
     is_greedy_match: bool = False
+
+    def pair_with(self, drafter: Drafter) -> None:
+        """Learn, once, whose drafts it will be given.
+
+        Raises
+        ------
+        ConfigError
+            It cannot verify them; says what it could.
+        """
 
     @abstractmethod
     def verify(

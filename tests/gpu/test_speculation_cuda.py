@@ -1,0 +1,134 @@
+"""Verifiers and drafters on a CUDA device: the CPU's tokens, and no wait where none is needed.
+
+python -m pytest tests/gpu/test_speculation_cuda.py     # checks
+PYTHONPATH=. python tests/gpu/test_speculation_cuda.py  # the same, where there is no pytest
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests.helpers.engines import component
+from tests.helpers.gpu_checks import run_as_program, run_under_pytest
+from tests.helpers.tiny_models import tiny_model
+from workbench.assemble import Limits, build_engine
+from workbench.configuration import compose_config, engine_config
+from workbench.core.sampling import SamplingParams
+from workbench.slots.sampler import SamplingMetadata
+from workbench.slots.verifier import DraftsToVerify
+
+VERIFIERS = ("exact_match", "rejection", "typical", "synthetic")
+TECHNIQUES = {
+    "ngram": ("spec_decode",),
+    "suffix": ("suffix_decoding",),
+    "rejection": ("rejection_sampling",),
+    "typical": ("typical_acceptance",),
+    "adaptive": ("spec_decode", "adaptive_drafts"),
+}
+NUM_REQUESTS, NUM_DRAFTS, VOCAB = 64, 4, 512
+
+
+def batch(
+    device: str, params: SamplingParams, *, with_probs: bool
+) -> tuple[DraftsToVerify, torch.Tensor, SamplingMetadata]:
+    generator = torch.Generator().manual_seed(0)
+    rows = NUM_REQUESTS * (NUM_DRAFTS + 1)
+    logits = torch.randn(rows, VOCAB, generator=generator) * 4
+    likeliest = logits.argmax(-1).reshape(NUM_REQUESTS, -1)[:, :-1]
+    drafts = torch.where(
+        torch.rand(likeliest.shape, generator=generator) < 0.7, likeliest, likeliest // 2
+    )
+    drafts[::5, 2:] = -1
+    noise = torch.randn(NUM_REQUESTS, NUM_DRAFTS, VOCAB, generator=generator)
+    plain = params.is_greedy and params.logprobs is None
+    return (
+        DraftsToVerify(
+            drafts.to(device),
+            torch.arange(0, rows, NUM_DRAFTS + 1, device=device),
+            torch.softmax(noise, -1).to(device) if with_probs else None,
+        ),
+        logits.to(device),
+        SamplingMetadata(
+            params=[] if plain else [params] * rows,
+            positions=torch.arange(rows, device=device),
+            seeds=torch.arange(rows, device=device) // (NUM_DRAFTS + 1),
+            all_greedy=params.is_greedy,
+            any_logprobs=params.logprobs is not None,
+        ),
+    )
+
+
+def check_tokens_are_those_of_the_cpu() -> None:
+    settings = (
+        SamplingParams(),
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.02, logprobs=2),
+    )
+    for name in VERIFIERS:
+        for params in settings:
+            for with_probs in (False, True):
+                found = [
+                    component("verifier", name)
+                    .verify(
+                        *batch(device, params, with_probs=with_probs),
+                        component("sampler", "torch"),
+                    )
+                    .token_ids.cpu()
+                    for device in ("cpu", "cuda")
+                ]
+                differ = int((found[0] != found[1]).any(1).sum())
+                # A number may fall between two sums that are rounded otherwise.
+                assert differ <= 1, f"{name}, {params}: {differ} of {NUM_REQUESTS} requests differ"
+
+
+def check_greedy_verification_does_not_wait() -> None:
+    for name in VERIFIERS:
+        verifier, sampler = component("verifier", name), component("sampler", "torch")
+        arguments = batch("cuda", SamplingParams(), with_probs=False)
+        verifier.verify(*arguments, sampler)  # the first one may make its buffers
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            verifier.verify(*arguments, sampler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert verifier.counters()["verifications"] == 2 * NUM_REQUESTS
+
+
+def check_engines_write_what_they_write_without_drafts() -> None:
+    folder = tiny_model("llama", vocab_size=VOCAB)
+    prompts = [[9, 9, 9], [80] * 12, [40, 41, 42] * 6]
+
+    def outputs(*techniques: str) -> tuple[list[list[int]], dict[str, float]]:
+        names = ",".join(("continuous_batching", "paged_attention", *techniques))
+        composed = compose_config(
+            [f"model={folder}", "dtype=float32", "engine/platform=cuda", f"+technique=[{names}]"]
+        )
+        limits = Limits(max_num_seqs=3, max_model_len=128, kv_pool_tokens=512)
+        engine = build_engine(engine_config(composed, limits, download=False))
+        found = engine.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
+        return [o.token_ids for o in found], engine.counters()
+
+    expected, _ = outputs()
+    for name, techniques in TECHNIQUES.items():
+        found, counters = outputs(*techniques)
+        assert found == expected, name
+        assert counters["drafter.failures"] == 0
+        assert name == "adaptive" or counters["verifier.accepted_tokens"] > 0, name
+
+
+CHECKS = {
+    "tokens are those of the CPU": check_tokens_are_those_of_the_cpu,
+    "greedy verification does not wait": check_greedy_verification_does_not_wait,
+    "engines write what they write without drafts": (
+        check_engines_write_what_they_write_without_drafts
+    ),
+}
+
+
+def test_speculation_on_a_cuda_device() -> None:
+    run_under_pytest(CHECKS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_as_program(CHECKS))
