@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import chunked_prefill_tradeoff, multi_turn, prefix_hit_rate, rows
+from experiments import chunked_prefill_tradeoff, drafting, multi_turn, prefix_hit_rate, rows
 from tests.helpers.tiny_models import tiny_model
 from workbench.bench.records import Record, ResultStore
 from workbench.cli import run as cli_run
@@ -142,3 +142,22 @@ def test_alternatives_need_one_base() -> None:
         measure([], {"a": ["+technique=paged_attention"], "b": ["seed=1"]})
     with pytest.raises(ConfigError, match="'b' has another base than row 'a'"):
         measure([], {"a": ["+technique=block_hash_cache"], "b": ["+technique=paged_attention"]})
+
+
+def test_drafting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("workload.num_requests=2", "workload.max_tokens=40", "workload.ignore_eos=true")
+    status, records = run(drafting.main, tmp_path, "texts=chat", *sizes)
+    assert status == 0
+    base, *drafted = records
+    assert [r.variant for r in drafted] == list(drafting.DRAFTERS)
+    assert all(r.baseline == base.variant for r in drafted)
+    for record in drafted:
+        shares = drafting.acceptance_by_position(record)
+        assert shares and all(0 <= share <= 1 for share in shares)
+    assert is_drawn(tmp_path, "drafting")
+    assert "chat, suffix" in capsys.readouterr().out
+
+
+def test_a_text_that_is_none_is_named() -> None:
+    with pytest.raises(ConfigError, match="workload 'prose'"):
+        drafting.Options(texts=("prose",))
