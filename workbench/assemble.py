@@ -27,15 +27,14 @@ from workbench.components import (
 )
 from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
 from workbench.core.memory import DeviceMemory, frozen_heap
-from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool, most_staging_bytes
 from workbench.engine.ledger import DeviceBooks, Ledger, load_libraries
 from workbench.engine.model_runner import ModelRunner, RunnerParts
 from workbench.engine.prepared_step import StepParts
+from workbench.engine.prepared_steps import make_steps
 from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
-from workbench.engine.verify_step import VerifyStep
 from workbench.models.decoder import Decoder
 from workbench.models.families import preload, read_config, spec_from_hf
 from workbench.models.loader import load_model
@@ -339,18 +338,18 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
-    decode_step = verify_step = None
-    if graph_runner.prepares:
-        driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
-        step_parts = StepParts(
-            decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
-        )
-        decode_step = DecodeStep(step_parts)
-        tokens_each = built["drafter"].num_lookahead_tokens + 1
-        if 1 < tokens_each < max_model_len:
-            size = min(graph_runner.largest_verify(attention, tokens_each), limits.max_num_seqs)
-            if size:
-                verify_step = VerifyStep(step_parts, built["verifier"], size, tokens_each)
+    driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
+    step_parts = StepParts(
+        decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
+    )
+    steps = make_steps(
+        step_parts,
+        graph_runner,
+        built["drafter"],
+        built["verifier"],
+        max_model_len,
+        _step_tokens(builder, limits, max_model_len),
+    )
     return ModelRunner(
         RunnerParts(
             model=decoder,
@@ -362,8 +361,9 @@ def _make_runner(
             sampler=built["sampler"],
             drafter=built["drafter"],
             verifier=built["verifier"],
-            decode_step=decode_step,
-            verify_step=verify_step,
+            decode_step=steps.decode,
+            verify_step=steps.verify,
+            mixed_step=steps.mixed,
         )
     )
 

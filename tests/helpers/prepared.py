@@ -25,6 +25,11 @@ PREPARED = (
     *CALLED,
     "engine.attention._target_=tests.helpers.prepared.DeviceAttention",
 )
+#: The same, mixed steps included.
+MIXED_PREPARED = (
+    *PREPARED,
+    "engine.graph_runner._target_=tests.helpers.prepared.MixedRunner",
+)
 
 
 class CallingRunner(GraphRunner):
@@ -46,10 +51,10 @@ class CallingRunner(GraphRunner):
             for form in (PLAIN_FORM, *(form.name for form in step.forms)):
                 step.run(step.max_size, form)  # as a capture does, on padding alone
 
-    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        if kind not in self._steps:
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
+        if kind not in self._steps or count > self._steps[kind].max_size:
             return None
-        return min(-(-num_requests // 3) * 3, self._steps[kind].max_size)
+        return min(-(-count // 3) * 3, self._steps[kind].max_size)
 
     def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
         self.kinds.append(kind)
@@ -62,6 +67,13 @@ class CallingRunner(GraphRunner):
 
     def reset_counters(self) -> None:
         self.sizes, self.forms, self.kinds = [], [], []
+
+
+class MixedRunner(CallingRunner):
+    """The same, with mixed steps of up to forty tokens."""
+
+    def largest_mixed(self, attention: AttentionBackend, step_tokens: int) -> int:
+        return 40 if attention.cudagraph_support >= CudaGraphSupport.ALWAYS else 0
 
 
 class DeviceAttention(AttentionBackend):
