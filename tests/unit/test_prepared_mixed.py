@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import check_idle, mixed_prompts, tiny_engine
-from tests.helpers.prepared import MIXED_PREPARED, MixedRunner
+from tests.helpers.prepared import MIXED_CALLED, MIXED_PREPARED, MixedRunner
 from tests.helpers.recalling import RECALLING, RecallingDrafter
 from workbench.bench.timeline import kind_of
 from workbench.core.sampling import SamplingParams
@@ -234,8 +234,7 @@ def test_padding_changes_no_hidden_state_and_no_key() -> None:
 
 
 def test_no_step_is_prepared_that_attention_cannot_take() -> None:
-    override = "engine.graph_runner._target_=tests.helpers.prepared.MixedRunner"
-    engine = tiny_engine(*PAGED, override)  # with a backend that never can
+    engine = tiny_engine(*PAGED, *MIXED_CALLED)  # with a backend that never can
     assert prepared_step_of(engine)[0] is None
     engine.generate([[5, 6, 7]], GREEDY)
     assert MIXED not in runner_of(engine).kinds
