@@ -185,6 +185,7 @@ def test_a_prompt_that_is_not_through_moves_on() -> None:
 def test_padding_writes_to_the_trash_block_and_to_no_row() -> None:
     engine = tiny_engine(*PAGED, *MIXED_PREPARED, max_num_seqs=5)
     step, table, pool = prepared_step_of(engine)
+    assert engine.parts.ledger.predicted["mixed_step"] == step.num_bytes > 0
     engine.generate(mixed_prompts(4, longest=30), SamplingParams(max_tokens=4, ignore_eos=True))
     tensors = [table.token_ids, table.num_computed_tokens, table.block_table]
     blocks = [t[: pool.num_blocks] for t in pool.block_tensors()]
@@ -236,5 +237,6 @@ def test_padding_changes_no_hidden_state_and_no_key() -> None:
 def test_no_step_is_prepared_that_attention_cannot_take() -> None:
     engine = tiny_engine(*PAGED, *MIXED_CALLED)  # with a backend that never can
     assert prepared_step_of(engine)[0] is None
+    assert engine.parts.ledger.predicted["mixed_step"] == 0
     engine.generate([[5, 6, 7]], GREEDY)
     assert MIXED not in runner_of(engine).kinds
