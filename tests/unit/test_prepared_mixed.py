@@ -13,6 +13,7 @@ from tests.helpers.prepared import MIXED_CALLED, MIXED_PREPARED, MixedRunner
 from tests.helpers.recalling import RECALLING, RecallingDrafter
 from workbench.bench.timeline import kind_of
 from workbench.core.sampling import SamplingParams
+from workbench.core.step import NewRequest, SchedulerOutput
 from workbench.engine.engine import Engine
 from workbench.engine.mixed_step import ROW, START
 from workbench.slots.graph_runner import DECODE, MIXED, VERIFY
@@ -180,6 +181,39 @@ def test_a_prompt_that_is_not_through_moves_on() -> None:
     )
     silent = [s for s in engine.steps if not s.num_output_tokens]
     assert len(silent) == 2 and all(s.graph_mode == "graph" for s in silent)
+
+
+def test_requests_that_yield_tokens_may_stand_anywhere() -> None:
+    """Between others whose prompts are not through, as no scheduler here plans it."""
+    prompts = [list(range(4 + i, 16 + i)) for i in range(4)]
+    samples = [False, True, False, True]
+    found = []
+    for overrides in ((), MIXED_PREPARED):
+        engine = tiny_engine(*PAGED, "engine.kv_cache.block_size=16", *overrides)
+        runner = engine.parts.executor.runner  # type: ignore[attr-defined]
+        new = [
+            NewRequest(f"r{i}", prompt, len(prompt), 0, [i], GREEDY, seed=0)
+            for i, prompt in enumerate(prompts)
+        ]
+        plan = SchedulerOutput(
+            step=0,
+            request_ids=[f"r{i}" for i in range(4)],
+            num_scheduled_tokens=[12 if yields else 5 for yields in samples],
+            num_draft_tokens=[0] * 4,
+            samples=samples,
+            new_requests=new,
+            new_block_ids={},
+            finished_request_ids=[],
+        )
+        output = runner.execute(plan)
+        assert output.graph_mode == ("graph" if overrides else "eager")
+        assert [len(tokens) for tokens in output.token_ids] == [0, 1, 0, 1]
+        table = runner.table
+        rows = [table.row_of[f"r{i}"] for i in range(4)]
+        assert table.num_computed_tokens[rows].tolist() == [5, 12, 5, 12]
+        known = [table.token_ids[row, :13].tolist() for row in rows]
+        found.append((output.token_ids, known))
+    assert found[0] == found[1]
 
 
 def test_padding_writes_to_the_trash_block_and_to_no_row() -> None:
