@@ -110,6 +110,7 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
     step, table, pool = runner.parts.decode_step, runner.table, runner.parts.pool
     state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
     before = [t.clone() for t in state]
+    captured = dict(step.logits)  # a run op by op keeps its own from then on
     found = []
     for is_replay in (False, True):
         for tensor, old in zip(state, before, strict=True):
@@ -121,7 +122,11 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
                 step.run(8, form)
         torch.cuda.synchronize()
         found.append(
-            [step.new_ids[:8].clone(), step.logits[8, form].clone(), *(t.clone() for t in state)]
+            [
+                step.new_ids[:8].clone(),
+                (captured if is_replay else step.logits)[8, form].clone(),
+                *(t.clone() for t in state),
+            ]
         )
     # The trash block takes what padding writes, in any order.
     for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
@@ -157,6 +162,7 @@ def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
     step.places[len(counts) : 8] = torch.tensor([table.padding_row, 0])
     state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
     before = [t.clone() for t in state]
+    captured = dict(step.logits)  # a run op by op keeps its own from then on
 
     def run(is_replay: bool) -> list[torch.Tensor]:
         for tensor, old in zip(state, before, strict=True):
@@ -168,7 +174,7 @@ def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
                 step.run(8)
         torch.cuda.synchronize()
         pools = [t[: pool.num_blocks].clone() for t in state[2:]]
-        logits = step.logits[8, ""].clone()
+        logits = (captured if is_replay else step.logits)[8, ""].clone()
         return [step.new_ids[:8].clone(), logits, *(t.clone() for t in state[:2]), *pools]
 
     # With the drafts at random, and then with what was drawn in their place: one more holds.
@@ -198,6 +204,7 @@ def check_a_replay_of_any_split_is_the_step_bit_for_bit(dtype: str) -> None:
         engine.add_request(prompt, SamplingParams(max_tokens=60, ignore_eos=True), f"r{index}")
     for _ in range(4):
         engine.step()
+    captured = dict(step.hidden)  # a run op by op keeps its own from then on
     rows = [table.row_of[f"r{index}"] for index in range(8)]
     known = table.num_computed_tokens.clone()
     blocks = pool.block_tensors()
@@ -228,7 +235,8 @@ def check_a_replay_of_any_split_is_the_step_bit_for_bit(dtype: str) -> None:
                 else:
                     step.run(size)
             torch.cuda.synchronize()
-            hidden = step.hidden[size, ""][:num_tokens].clone()
+            kept = captured if is_replay else step.hidden
+            hidden = kept[size, ""][:num_tokens].clone()
             found.append([hidden, *(t[: pool.num_blocks].clone() for t in blocks)])
         for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
             assert torch.equal(eager, replayed), f"tensor {place} differs ({split}, {dtype})"
