@@ -25,17 +25,16 @@ from workbench.components import (
     build_config,
     load_class,
 )
-from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
+from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.core.memory import DeviceMemory, frozen_heap
-from workbench.engine.decode_step import DecodeStep
 from workbench.engine.engine import Engine, EngineParts
 from workbench.engine.host_pool import HostPool, most_staging_bytes
 from workbench.engine.ledger import DeviceBooks, Ledger, load_libraries
 from workbench.engine.model_runner import ModelRunner, RunnerParts
 from workbench.engine.prepared_step import StepParts
+from workbench.engine.prepared_steps import make_steps
 from workbench.engine.profile import Profile, StepSizes, profile_steps
 from workbench.engine.request_table import RequestTable
-from workbench.engine.verify_step import VerifyStep
 from workbench.models.decoder import Decoder
 from workbench.models.families import preload, read_config, spec_from_hf
 from workbench.models.loader import load_model
@@ -58,13 +57,12 @@ from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.linear import LinearMethod
 from workbench.slots.ops import Ops
-from workbench.slots.platform import Platform
+from workbench.slots.platform import Platform, resolve_dtype
 from workbench.slots.sampler import Sampler
 from workbench.slots.scheduler import Scheduler, SchedulerParts
 from workbench.slots.verifier import Verifier
 
 __all__ = [
-    "DTYPES",
     "SCHEDULER_SLOTS",
     "SLOTS",
     "EngineConfig",
@@ -78,12 +76,6 @@ __all__ = [
     "load_class",
 ]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -96,7 +88,7 @@ class EngineConfig:
     source
         Where the model comes from.
     dtype
-        ``auto`` (the platform's choice) or a name in ``DTYPES``.
+        ``auto`` (the platform's choice) or a name in ``slots.platform.DTYPES``.
     """
 
     components: dict[str, dict[str, Any]]
@@ -122,7 +114,7 @@ def build_engine(config: EngineConfig) -> Engine:
     builder = Builder(config.components)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
-    dtype = _resolve_dtype(config.dtype, platform)
+    dtype = resolve_dtype(config.dtype, platform)
     preload()
     load_libraries(platform.device, dtype)
     probe = platform.memory_probe()
@@ -219,7 +211,7 @@ def check_engine(config: EngineConfig) -> None:
         builder.config(slot)
     platform: Platform = builder.build("platform")
     _require(platform.unsupported_reasons(), f"platform {platform.name}")
-    dtype = _resolve_dtype(config.dtype, platform)
+    dtype = resolve_dtype(config.dtype, platform)
     spec = spec_from_hf(read_config(config.source.config))
     max_model_len = resolve_model_len(config.limits, spec)
     _build_ops(builder, platform, dtype)
@@ -344,18 +336,18 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
-    decode_step = verify_step = None
-    if graph_runner.prepares:
-        driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
-        step_parts = StepParts(
-            decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
-        )
-        decode_step = DecodeStep(step_parts)
-        tokens_each = built["drafter"].num_lookahead_tokens + 1
-        if 1 < tokens_each < max_model_len:
-            size = min(graph_runner.largest_verify(attention, tokens_each), limits.max_num_seqs)
-            if size:
-                verify_step = VerifyStep(step_parts, built["verifier"], size, tokens_each)
+    driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
+    step_parts = StepParts(
+        decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
+    )
+    steps = make_steps(
+        step_parts,
+        graph_runner,
+        built["drafter"],
+        built["verifier"],
+        max_model_len,
+        _step_tokens(builder, limits, max_model_len),
+    )
     return ModelRunner(
         RunnerParts(
             model=decoder,
@@ -369,8 +361,9 @@ def _make_runner(
             verifier=built["verifier"],
             draft_length=built["draft_length"],
             vocab_size=decoder.spec.vocab_size,
-            decode_step=decode_step,
-            verify_step=verify_step,
+            decode_step=steps.decode,
+            verify_step=steps.verify,
+            mixed_step=steps.mixed,
         )
     )
 
@@ -469,14 +462,6 @@ def _build_scheduler(builder: Builder, limits: Limits, max_model_len: int) -> Sc
 def _require(reasons: list[str], what: str) -> None:
     if reasons:
         raise UnsupportedError(f"{what} cannot be used: " + "; ".join(reasons) + ".")
-
-
-def _resolve_dtype(name: str, platform: Platform) -> torch.dtype:
-    if name == "auto":
-        return platform.default_dtype()
-    if name not in DTYPES:
-        raise unknown_name("dtype", name, ["auto", *DTYPES])
-    return DTYPES[name]
 
 
 def _describe(

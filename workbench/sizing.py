@@ -248,6 +248,7 @@ def predict(
         "request_table": parts.table.num_bytes,
         "decode_step": 0 if parts.decode_step is None else parts.decode_step.num_bytes,
         "verify_step": 0 if parts.verify_step is None else parts.verify_step.num_bytes,
+        "mixed_step": 0 if parts.mixed_step is None else parts.mixed_step.num_bytes,
     }
     if profile is None:
         activations = values * decoder.dtype.itemsize

@@ -14,7 +14,7 @@ Phase = Literal["decode", "prefill"]
 
 def phase_of(batch: ForwardBatch) -> Phase:
     """``decode`` where every request runs one token, else ``prefill``."""
-    return "decode" if batch.num_tokens == batch.num_requests else "prefill"
+    return "decode" if batch.max_query_len == 1 else "prefill"
 
 
 class CountingAttention(AttentionBackend):

@@ -14,11 +14,14 @@ import torch
 from kernels.triton import compiled_together
 from workbench.core.errors import ConfigError
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, CudaGraphSupport
-from workbench.slots.graph_runner import DECODE, VERIFY, GraphRunner, PreparedStep
+from workbench.slots.graph_runner import DECODE, MIXED, VERIFY, GraphRunner, PreparedStep
 from workbench.slots.platform import Platform
 
-#: Sizes beside the largest by which the memory of all is estimated.
+#: Sizes beside the largest of each kind by which the memory of all is estimated.
 _TRIALS = 3
+#: Tokens of the smallest mixed step. Fewer would hardly be faster, and a backend may have another
+#: kernel for them, that of a few tokens a request.
+_LEAST_MIXED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,16 @@ class CudaGraphConfig:
         Padding costs little while a step's time is that of reading the weights.
     verify_granularity
         As ``granularity``, of steps that verify drafts.
+    max_mixed_tokens
+        Most tokens, padding included, of a captured step with a piece of a prompt in it, 32 or
+        more; 0 captures none. Sizes are powers of two, and this.
     """
 
     max_size: int = 0
     granularity: int = 8
     max_verify_tokens: int = 256
     verify_granularity: int = 16
+    max_mixed_tokens: int = 256
 
 
 class _Key(NamedTuple):
@@ -77,11 +84,16 @@ class CudaGraphRunner(GraphRunner):
                 "be negative (0 captures no step that verifies drafts), and "
                 f"verify_granularity={self.config.verify_granularity} must be positive."
             )
+        if self.config.max_mixed_tokens and self.config.max_mixed_tokens < _LEAST_MIXED:
+            raise ConfigError(
+                f"engine.graph_runner.max_mixed_tokens={self.config.max_mixed_tokens} must be "
+                f"{_LEAST_MIXED} or more, or 0, which captures no step with a piece of a prompt."
+            )
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         #: What components count in one step.
         self._counts: dict[_Key, dict[str, float]] = {}
         self._replays: dict[_Key, int] = {}
-        #: By kind and form, then by number of requests.
+        #: By kind and form, then by number of requests, or of tokens in a mixed step.
         self._size_of: dict[tuple[str, str], list[int]] = {}
         self._num_bytes = 0
         #: One for all captures: libraries keep workspaces by stream.
@@ -103,6 +115,11 @@ class CudaGraphRunner(GraphRunner):
             return 0
         return self.config.max_verify_tokens // tokens_each
 
+    def largest_mixed(self, attention: AttentionBackend, step_tokens: int) -> int:
+        if attention.cudagraph_support < CudaGraphSupport.ALWAYS:
+            return 0
+        return min(self.config.max_mixed_tokens, max(step_tokens, _LEAST_MIXED))
+
     def _keys(self, steps: Sequence[PreparedStep]) -> list[tuple[PreparedStep, _Key]]:
         """All kinds, sizes and forms with their steps, those of fewest tokens first."""
         keys = [
@@ -116,28 +133,36 @@ class CudaGraphRunner(GraphRunner):
     def _sizes(self, step: PreparedStep) -> dict[str, list[int]]:
         """Sizes of each form, ascending."""
         config = self.config
+        if step.kind == MIXED:
+            few = (1 << i for i in range(step.max_size.bit_length()))
+            sizes_between = [s for s in few if _LEAST_MIXED <= s < step.max_size]
+            return {PLAIN_FORM: [*sizes_between, step.max_size]}
         if step.kind == VERIFY:
             return {PLAIN_FORM: capture_sizes(step.max_size, config.verify_granularity)}
         largest = min(config.max_size or step.max_size, step.max_size)
         sizes = {PLAIN_FORM: capture_sizes(largest, config.granularity)}
         for extra in step.forms:
-            few = range(extra.granularity, largest, extra.granularity)
-            sizes[extra.name] = [*few, largest]
+            multiples = range(extra.granularity, largest, extra.granularity)
+            sizes[extra.name] = [*multiples, largest]
         return sizes
 
     def trial_bytes(self, steps: Sequence[PreparedStep]) -> int:
-        """By the step of most tokens, which brings its activations, and some of the others, which
-        find theirs there and bring what the driver keeps of a graph."""
-        largest, *others = reversed(self._keys(steps))
+        """By the largest step of each kind, which bring their activations and logits, and some of
+        the others, which find theirs there and bring what the driver keeps of a graph."""
+        keys = self._keys(steps)[::-1]
+        of_kind = {key.kind: (step, key) for step, key in reversed(keys)}
+        largest = [pair for pair in keys if pair in of_kind.values()]
+        others = [pair for pair in keys if pair not in largest]
         some = others[:: -(-len(others) // _TRIALS)] if others else []
         with self._capturing():  # so that what is taken once, such as workspaces, is there
             self._compile(steps)
-            for step, key in (largest, *some):
+            for step, key in (*largest, *some):
                 step.run(key.size, key.form)
         before = _used_bytes()
         pool = torch.cuda.graph_pool_handle()
         with self._capturing():
-            self._capture(*largest, pool)
+            for step, key in largest:
+                self._capture(step, key, pool)
         first = _used_bytes()
         with self._capturing():
             for step, key in some:
@@ -204,9 +229,9 @@ class CudaGraphRunner(GraphRunner):
         self._graphs[key] = graph
         self._replays[key] = 0
 
-    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
         size_of = self._size_of.get((kind, form), [])
-        return size_of[num_requests] if num_requests < len(size_of) else None
+        return size_of[count] if count < len(size_of) else None
 
     def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
         key = _Key(kind, size, form)
@@ -214,7 +239,7 @@ class CudaGraphRunner(GraphRunner):
         self._replays[key] += 1
 
     def counters(self) -> dict[str, float]:
-        by_kind = dict.fromkeys((DECODE, VERIFY), 0)
+        by_kind = dict.fromkeys((DECODE, VERIFY, MIXED), 0)
         for key, replays in self._replays.items():
             by_kind[key.kind] += replays
         return {
@@ -222,6 +247,7 @@ class CudaGraphRunner(GraphRunner):
             "replays": sum(by_kind.values()),
             "decode_replays": by_kind[DECODE],
             "verify_replays": by_kind[VERIFY],
+            "mixed_replays": by_kind[MIXED],
         }
 
     def reset_counters(self) -> None:

@@ -15,7 +15,7 @@ from tests.helpers.engines import component
 from tests.helpers.interpreted import DEVICE
 from workbench.configuration import options_of
 from workbench.core.errors import ConfigError
-from workbench.slots.graph_runner import DECODE, VERIFY
+from workbench.slots.graph_runner import DECODE, MIXED, VERIFY
 from workbench.slots.linear import LinearLayer
 from workbench.slots.platform import Platform
 
@@ -87,13 +87,9 @@ class CountingStep:
 
     forms = ()
 
-    def __init__(self, kind: str = DECODE, tokens_each: int = 1) -> None:
-        self.kind, self.tokens_each = kind, tokens_each
+    def __init__(self, kind: str = DECODE, tokens_each: int = 1, max_size: int = 20) -> None:
+        self.kind, self.tokens_each, self.max_size = kind, tokens_each, max_size
         self.sizes: list[int] = []
-
-    @property
-    def max_size(self) -> int:
-        return 20
 
     def run(self, size: int, form: str = "") -> None:
         self.sizes.append(size)
@@ -152,27 +148,36 @@ def test_kinds_of_steps_are_captured_by_their_tokens(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(CudaGraphRunner, "_capturing", lambda _: contextlib.nullcontext())
     runner = CudaGraphRunner(CudaGraphConfig(verify_granularity=4))
     single, drafts = CountingStep(), CountingStep(VERIFY, tokens_each=5)
-    assert runner.trial_bytes([single, drafts]) == 0
-    single.sizes.clear(), drafts.sizes.clear()
-    runner.capture([single, drafts])
+    mixed = CountingStep(MIXED, max_size=80)
+    assert runner.trial_bytes([single, drafts, mixed]) == 0
+    assert len(RecordedGraph.made) == 3 + 3, "the largest of each kind, and three of the others"
+    for step, largest in ((single, 20), (drafts, 20), (mixed, 80)):
+        assert step.sizes.count(largest) == 4, "compiled, run, warmed up and captured"
+        step.sizes.clear()
+    runner.capture([single, drafts, mixed])
     of_single, of_drafts = [1, 2, 4, 8, 16, 20], [1, 2, 4, 8, 12, 16, 20]
+    of_mixed = [32, 64, 80]
     assert [runner.dispatch(DECODE, n) for n in of_single] == of_single
     assert [runner.dispatch(VERIFY, n) for n in (1, 3, 9, 20, 21)] == [1, 4, 12, 20, None]
+    assert [runner.dispatch(MIXED, n) for n in (2, 32, 33, 80, 81)] == [32, 32, 64, 80, None]
     # Each compiles, warms up and is captured.
     assert sorted(single.sizes) == sorted(3 * of_single)
     assert sorted(drafts.sizes) == sorted(3 * of_drafts)
-    tokens = sorted([*of_single, *(5 * size for size in of_drafts)], reverse=True)
+    assert sorted(mixed.sizes) == sorted(3 * of_mixed)
+    tokens = sorted([*of_single, *of_mixed, *(5 * size for size in of_drafts)], reverse=True)
     by_graph = {id(g): key for key, g in runner._graphs.items()}
     captured = [by_graph[id(g)] for g in RecordedGraph.made[-len(by_graph) :]]
     assert [k.size * (5 if k.kind == VERIFY else 1) for k in captured] == tokens
     runner.run(DECODE, 16)
     for _ in range(2):
         runner.run(VERIFY, 16)
+    for _ in range(4):
+        runner.run(MIXED, 32)
     replayed = {by_graph[id(g)][:2]: g.num_replays for g in RecordedGraph.made if g.num_replays}
-    assert replayed == {(DECODE, 16): 1, (VERIFY, 16): 2}
+    assert replayed == {(DECODE, 16): 1, (VERIFY, 16): 2, (MIXED, 32): 4}
     counters = runner.counters()
     assert counters == {
-        "graphs": 13, "replays": 3, "decode_replays": 1, "verify_replays": 2
+        "graphs": 16, "replays": 7, "decode_replays": 1, "verify_replays": 2, "mixed_replays": 4
     }  # fmt: skip
     runner.reset_counters()
     assert runner.counters()["replays"] == 0
@@ -185,6 +190,20 @@ def test_drafts_are_captured_where_attention_takes_them() -> None:
     assert runner.largest_verify(component("attention", "triton"), 101) == 0
     with pytest.raises(ConfigError, match=r"engine\.graph_runner\.max_verify_tokens=-1"):
         CudaGraphRunner(CudaGraphConfig(max_verify_tokens=-1))
+
+
+def test_mixed_steps_are_captured_where_attention_takes_any_batch() -> None:
+    triton, cascade = component("attention", "triton"), component("attention", "cascade")
+    runner = CudaGraphRunner(CudaGraphConfig(max_mixed_tokens=100))
+    assert runner.largest_mixed(triton, step_tokens=8192) == 100
+    assert runner.largest_mixed(triton, step_tokens=70) == 70, "no step is larger"
+    assert runner.largest_mixed(triton, step_tokens=4) == 32, "none is too small for its kernels"
+    assert runner.largest_mixed(cascade, step_tokens=8192) == 0
+    none = CudaGraphRunner(CudaGraphConfig(max_mixed_tokens=0))
+    assert none.largest_mixed(triton, step_tokens=8192) == 0
+    for wrong in (-1, 31):
+        with pytest.raises(ConfigError, match=rf"engine\.graph_runner\.max_mixed_tokens={wrong}"):
+            CudaGraphRunner(CudaGraphConfig(max_mixed_tokens=wrong))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

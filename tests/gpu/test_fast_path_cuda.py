@@ -19,7 +19,8 @@ from workbench.assemble import Limits, build_engine
 from workbench.configuration import compose_config, engine_config
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
-from workbench.slots.graph_runner import DECODE, VERIFY
+from workbench.engine.mixed_step import ROW, START
+from workbench.slots.graph_runner import DECODE, MIXED, VERIFY
 
 FAST = ("preset=gpu",)
 UNOVERLAPPED = (
@@ -52,6 +53,12 @@ RECALLED = (
     *SPECULATING,
     "engine.drafter._target_=tests.helpers.recalling.RecallingDrafter",
     "engine.drafter.num_draft_tokens=5",
+)
+CHUNKED = (
+    "engine/platform=cuda",
+    "+technique=[continuous_batching,paged_attention,radix_cache,triton_attention,cuda_graphs,"
+    "fused_kernels,skinny_gemm,chunked_prefill,optimistic_admission,overlap]",
+    "engine.prefill.chunk_tokens=24",
 )
 FORMS = ("", "cascade")
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -103,6 +110,7 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
     step, table, pool = runner.parts.decode_step, runner.table, runner.parts.pool
     state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
     before = [t.clone() for t in state]
+    captured = dict(step.logits)  # a run op by op keeps its own from then on
     found = []
     for is_replay in (False, True):
         for tensor, old in zip(state, before, strict=True):
@@ -114,7 +122,11 @@ def check_a_replay_is_the_step_bit_for_bit(dtype: str, form: str = "") -> None:
                 step.run(8, form)
         torch.cuda.synchronize()
         found.append(
-            [step.new_ids[:8].clone(), step.logits[8, form].clone(), *(t.clone() for t in state)]
+            [
+                step.new_ids[:8].clone(),
+                (captured if is_replay else step.logits)[8, form].clone(),
+                *(t.clone() for t in state),
+            ]
         )
     # The trash block takes what padding writes, in any order.
     for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
@@ -150,6 +162,7 @@ def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
     step.places[len(counts) : 8] = torch.tensor([table.padding_row, 0])
     state = [table.token_ids, table.num_computed_tokens, *pool.block_tensors()]
     before = [t.clone() for t in state]
+    captured = dict(step.logits)  # a run op by op keeps its own from then on
 
     def run(is_replay: bool) -> list[torch.Tensor]:
         for tensor, old in zip(state, before, strict=True):
@@ -161,7 +174,7 @@ def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
                 step.run(8)
         torch.cuda.synchronize()
         pools = [t[: pool.num_blocks].clone() for t in state[2:]]
-        logits = step.logits[8, ""].clone()
+        logits = (captured if is_replay else step.logits)[8, ""].clone()
         return [step.new_ids[:8].clone(), logits, *(t.clone() for t in state[:2]), *pools]
 
     # With the drafts at random, and then with what was drawn in their place: one more holds.
@@ -180,14 +193,74 @@ def check_a_replay_verifies_bit_for_bit(dtype: str) -> None:
     assert accepted == counts, f"accepted {accepted} of {counts} right drafts ({dtype})"
 
 
-def check_tokens_under_traffic(shares: bool = False, drafter: tuple[str, ...] = ()) -> None:
+def check_a_replay_of_any_split_is_the_step_bit_for_bit(dtype: str) -> None:
+    """Of pieces of prompts and single tokens in several splits, padded and full: hidden states of
+    their tokens and KV agree between the step launched op by op and replayed."""
+    engine = engine_of(*UNOVERLAPPED, dtype=dtype)
+    runner = engine.parts.executor.runner  # type: ignore[attr-defined]
+    step, table, pool = runner.parts.mixed_step, runner.table, runner.parts.pool
+    for index in range(8):
+        prompt = [(index + 7 * i) % engine.parts.vocab_size for i in range(60)]
+        engine.add_request(prompt, SamplingParams(max_tokens=60, ignore_eos=True), f"r{index}")
+    for _ in range(4):
+        engine.step()
+    captured = dict(step.hidden)  # a run op by op keeps its own from then on
+    rows = [table.row_of[f"r{index}"] for index in range(8)]
+    known = table.num_computed_tokens.clone()
+    blocks = pool.block_tensors()
+    before = [t.clone() for t in blocks]
+    for split in ([1] * 7 + [23], [60], [1, 9, 1, 17], [60, 1, 1, 2], [20] * 6 + [7, 1], [2]):
+        num_tokens, places = sum(split), step.places
+        size = runner.parts.graph_runner.dispatch(MIXED, num_tokens)
+        starts = [sum(split[:i]) for i in range(len(split))]
+        places[:, ROW], places[:, START] = table.padding_row, num_tokens
+        places[: len(split), ROW] = torch.tensor(rows[: len(split)])
+        places[: len(split), START] = torch.tensor(starts)
+        table.num_computed_tokens.copy_(known)
+        # Tokens that the pool has already run over again.
+        ran = torch.tensor(split, device=known.device)
+        table.num_computed_tokens[rows[: len(split)]] -= ran - 1
+        found = []
+        for is_replay in (False, True):
+            for tensor, old in zip(blocks, before, strict=True):
+                tensor.copy_(old)
+            for row, length in zip(rows, split, strict=False):
+                at = int(known[row]) + 1 - length
+                for tensor in blocks:  # what the step has to write
+                    tensor[table.block_table[row, at // pool.block_size].item()].zero_()
+            start = [t.clone() for t in blocks]
+            with torch.inference_mode():
+                if is_replay:
+                    runner.parts.graph_runner.run(MIXED, size)
+                else:
+                    step.run(size)
+            torch.cuda.synchronize()
+            kept = captured if is_replay else step.hidden
+            hidden = kept[size, ""][:num_tokens].clone()
+            found.append([hidden, *(t[: pool.num_blocks].clone() for t in blocks)])
+        for place, (eager, replayed) in enumerate(zip(*found, strict=True)):
+            assert torch.equal(eager, replayed), f"tensor {place} differs ({split}, {dtype})"
+        assert found[0][0].isfinite().all()
+        assert any(
+            not torch.equal(mine, old[: pool.num_blocks])
+            for mine, old in zip(found[0][1:], start, strict=True)
+        ), "the step did nothing"
+    table.num_computed_tokens.copy_(known)
+
+
+def check_tokens_under_traffic(
+    shares: bool = False, drafter: tuple[str, ...] = (), chunked: bool = False
+) -> None:
     """Arrivals, stops and aborts at random: the fast engine's tokens are the plain one's, fp32."""
     plain = engine_of(*PLAIN)
     prompts = sharing_prompts_of(plain, 60, seed=3) if shares else prompts_of(plain, 30, seed=3)
     if drafter:
         prompts[::2] = repeating_prompts_of(plain, len(prompts[::2]), seed=3)
     alone = [o.token_ids for o in plain.generate(prompts, GREEDY)]
-    fast = engine_of(*(drafter or (SHARING if shares else FAST)))
+    if chunked:  # with too few blocks, so that some are taken out and begin again
+        fast = engine_of(*CHUNKED, kv_pool_tokens=512)
+    else:
+        fast = engine_of(*(drafter or (SHARING if shares else FAST)))
     if isinstance(fast.parts.components["drafter"], RecallingDrafter):
         answers = [prompt + tokens for prompt, tokens in zip(prompts, alone, strict=True)]
         fast.parts.components["drafter"].answers = answers
@@ -221,6 +294,10 @@ def check_tokens_under_traffic(shares: bool = False, drafter: tuple[str, ...] = 
     assert ties <= 1, f"{ties} of {len(alone)} requests differ; near-ties of fp32 are rare"
     counters = fast.counters()
     assert counters["graph_runner.replays"] > 20
+    if chunked:
+        assert counters["graph_runner.mixed_replays"] > 20
+        assert counters["scheduler.preemptions"] > 0
+        assert {s.graph_mode for s in fast.steps} == {"graph"}, "every step was small enough"
     assert drafter or counters["loop.steps_ahead"] > 20
     if drafter:
         assert counters["graph_runner.verify_replays"] > 5
@@ -230,7 +307,9 @@ def check_tokens_under_traffic(shares: bool = False, drafter: tuple[str, ...] = 
         assert modes.count("graph") > 2 * modes.count("eager"), f"replayed: {modes}"
     if shares:
         replayed = fast.parts.graph_runner._replays  # type: ignore[attr-defined]
-        by_form = {form: sum(n for (_, f), n in replayed.items() if f == form) for form in FORMS}
+        by_form = {
+            form: sum(n for key, n in replayed.items() if key.form == form) for form in FORMS
+        }
         assert min(by_form.values()) > 0, f"replays by form: {by_form}"
         assert counters["attention.prefix_tokens_saved"] > 0
         assert counters["scheduler.in_flight_tokens"] > 0
@@ -259,7 +338,7 @@ def never_waits(overrides: tuple[str, ...]) -> None:
     try:
         for _ in range(20):
             engine.step()
-        # Somebody new joins: prompts run op by op, and still nobody waits.
+        # Somebody new joins, and still nobody waits.
         engine.add_request(list(range(5, 45)), params, "late")
         for _ in range(20):
             engine.step()
@@ -304,6 +383,14 @@ CHECKS: dict[str, Any] = {
     "drafts, tokens under traffic": lambda: check_tokens_under_traffic(drafter=RECALLED),
     "drafts, tokens under traffic, ngram": lambda: check_tokens_under_traffic(drafter=SPECULATING),
     "drafts, never waits": lambda: never_waits(SPECULATING),
+    "mixed, replay is the step, fp32": lambda: check_a_replay_of_any_split_is_the_step_bit_for_bit(
+        "float32"
+    ),
+    "mixed, replay is the step, bf16": lambda: check_a_replay_of_any_split_is_the_step_bit_for_bit(
+        "bfloat16"
+    ),
+    "mixed, tokens under traffic": lambda: check_tokens_under_traffic(chunked=True),
+    "mixed, never waits": lambda: never_waits(CHUNKED),
     "tokens under traffic": check_tokens_under_traffic,
     "tokens under traffic that shares": lambda: check_tokens_under_traffic(shares=True),
     "never waits": check_the_steady_path_never_waits,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import kernels
+from kernels.attention import MAX_DECODE_QUERIES
 from workbench.core.step import ForwardBatch
 from workbench.slots.attention import (
     PLAIN_FORM,
@@ -15,7 +16,7 @@ from workbench.slots.attention import (
     AttentionLayer,
     CudaGraphSupport,
 )
-from workbench.slots.graph_runner import GraphRunner, PreparedStep
+from workbench.slots.graph_runner import MIXED, GraphRunner, PreparedStep
 from workbench.slots.kv_pool import KVPool
 
 #: Overrides that make an engine run prepared steps on any device, with attention that can.
@@ -25,6 +26,9 @@ PREPARED = (
     *CALLED,
     "engine.attention._target_=tests.helpers.prepared.DeviceAttention",
 )
+#: The same, mixed steps included.
+MIXED_CALLED = ("engine.graph_runner._target_=tests.helpers.prepared.MixedRunner",)
+MIXED_PREPARED = (*PREPARED, *MIXED_CALLED)
 
 
 class CallingRunner(GraphRunner):
@@ -46,10 +50,10 @@ class CallingRunner(GraphRunner):
             for form in (PLAIN_FORM, *(form.name for form in step.forms)):
                 step.run(step.max_size, form)  # as a capture does, on padding alone
 
-    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        if kind not in self._steps:
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
+        if kind not in self._steps or count > self._steps[kind].max_size:
             return None
-        return min(-(-num_requests // 3) * 3, self._steps[kind].max_size)
+        return min(-(-count // 3) * 3, self._steps[kind].max_size)
 
     def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
         self.kinds.append(kind)
@@ -62,6 +66,18 @@ class CallingRunner(GraphRunner):
 
     def reset_counters(self) -> None:
         self.sizes, self.forms, self.kinds = [], [], []
+
+
+class MixedRunner(CallingRunner):
+    """The same, with mixed steps of up to forty tokens, and as many as the kernels for pieces of
+    prompts begin at."""
+
+    def largest_mixed(self, attention: AttentionBackend, step_tokens: int) -> int:
+        return 40 if attention.cudagraph_support >= CudaGraphSupport.ALWAYS else 0
+
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
+        least = MAX_DECODE_QUERIES + 1 if kind == MIXED else 1
+        return super().dispatch(kind, max(count, least), form)
 
 
 class DeviceAttention(AttentionBackend):

@@ -343,7 +343,8 @@ def ops() -> dict[str, Callable[[], object]]:
     modules = {
         name: importlib.import_module(f"kernels.triton.{name}")
         for name in ("norm", "activation", "rotary", "paged_prefill", "paged_decode", "argmax",
-                     "sampling", "shared_prefix", "merge", "decode_step", "verify_step")
+                     "sampling", "shared_prefix", "merge", "decode_step", "verify_step",
+                     "mixed_step")
     }  # fmt: skip
     bf16 = torch.bfloat16
 
@@ -408,12 +409,17 @@ def ops() -> dict[str, Callable[[], object]]:
         "write-back of drafts": lambda: m["verify_step"].store_verified(
             long(4, 2), index(4), long(12), long(12), index(9, 65), long(9), long(4, 3)
         ),
+        "inputs of a mixed step": lambda: m["mixed_step"].gather_mixed_inputs(
+            long(5, 4), index(9, 65), long(9), index(9, 5),
+            long(32), long(32), index(5), index(4), long(32), index(4, 5), 16,
+        ),
     }  # fmt: skip
 
 
 OPS = ("norm", "add norm", "silu", "rope", "rope to fp8", "prefill", "prefill from fp8", "decode",
        "decode from fp8, prior", "argmax", "sample", "shared prefix", "merge", "inputs",
-       "write-back", "inputs of drafts", "write-back of drafts")  # fmt: skip
+       "write-back", "inputs of drafts", "write-back of drafts",
+       "inputs of a mixed step")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

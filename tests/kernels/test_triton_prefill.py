@@ -277,6 +277,28 @@ def test_max_query_len_may_be_more_than_there_is() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("num_requests", [2, 3, 40])
+def test_tokens_and_requests_that_pad_change_no_bit(num_requests: int) -> None:
+    """As a captured step has them: requests without a query behind the last one, whose blocks are
+    nowhere, and tokens of nobody."""
+    from kernels.triton.paged_prefill import paged_prefill
+
+    case, size = Case([50, 40], [1, 21]), 64
+    (k, v), _, _ = case.stored()
+    tail = (k, v, case.table, case.starts, case.lengths, case.dim**-0.5)
+    exact = paged_prefill(case.q, *tail, max_query_len=size)
+    q = torch.full((size, *case.q.shape[1:]), float("nan"), device=DEVICE)
+    q[: len(case.q)] = case.q
+    more = num_requests - 2
+    table = torch.nn.functional.pad(case.table, (0, 0, 0, more), value=NOWHERE)
+    starts = torch.nn.functional.pad(case.starts, (0, more), value=len(case.q))
+    lengths = torch.nn.functional.pad(case.lengths, (0, more))
+    padded = paged_prefill(q, k, v, table, starts, lengths, case.dim**-0.5, max_query_len=size)
+    assert isinstance(exact, Tensor) and isinstance(padded, Tensor)
+    assert torch.equal(exact, padded[: len(case.q)])
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 from kernels.triton import is_interpreted
 from tests.helpers.engines import mixed_prompts, tiny_engine
 from tests.helpers.interpreted import run_in_interpreter, starts_interpreter
-from tests.helpers.prepared import CALLED
+from tests.helpers.prepared import CALLED, MIXED_CALLED
 from tests.helpers.recalling import RECALLING
 from tests.helpers.tiny_models import hf_greedy, tiny_model
 from workbench.core.sampling import SamplingParams
@@ -46,3 +46,18 @@ def test_prepared_steps_verify_drafts() -> None:
     replayed = [s for s in engine.steps if s.num_draft_tokens and s.graph_mode == "graph"]
     assert replayed and all(s.num_padded_tokens >= 4 for s in replayed)
     assert engine.counters()["verifier.accepted_tokens"] > 0
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="runs where Triton interprets its kernels")
+def test_prepared_steps_run_pieces_of_prompts() -> None:
+    """Inputs and attention of such a step, for places without a request and tokens of nobody."""
+    prompts = [list(range(4, 16)), [5, 6] * 3, [9, 8, 7]]
+    overrides = ["engine/attention=triton", "engine/kv_cache=paged", "engine.kv_cache.block_size=4"]
+    chunked = ["engine/scheduler=continuous", "engine/prefill=chunked"]
+    chunked += ["engine.prefill.chunk_tokens=9", *MIXED_CALLED]
+    engine = tiny_engine(*overrides, *chunked, max_num_seqs=3, max_model_len=48)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
+    answers = [hf_greedy(tiny_model("llama"), prompt, 4) for prompt in prompts]
+    assert [o.token_ids for o in outputs] == answers
+    assert {s.graph_mode for s in engine.steps} == {"graph"}
+    assert any(s.num_single_tokens and s.num_prompt_tokens for s in engine.steps)

@@ -6,11 +6,11 @@ import torch
 
 from kernels.decode_step import gather_decode_inputs, store_decoded
 from workbench.core.step import ForwardBatch
-from workbench.engine.prepared_step import PreparedStep, StepParts
+from workbench.engine.prepared_step import StepParts, UniformStep
 from workbench.slots.graph_runner import DECODE
 
 
-class DecodeStep(PreparedStep):
+class DecodeStep(UniformStep):
     """Runs the last token of each place, and writes what it draws back.
 
     Attributes

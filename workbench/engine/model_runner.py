@@ -17,6 +17,7 @@ from workbench.core.step import (
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.drafting import Drafting, ProposedProbs
 from workbench.engine.host_pool import HostPool
+from workbench.engine.mixed_step import MixedStep
 from workbench.engine.prepared_step import PreparedRun, PreparedStep
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
@@ -61,11 +62,13 @@ class RunnerParts:
     #: What the graph runner prepares; None where it does not.
     decode_step: DecodeStep | None = None
     verify_step: VerifyStep | None = None
+    mixed_step: MixedStep | None = None
 
     @property
     def prepared_steps(self) -> list[PreparedStep]:
         """Those that the graph runner prepares."""
-        return [step for step in (self.decode_step, self.verify_step) if step is not None]
+        steps = (self.decode_step, self.verify_step, self.mixed_step)
+        return [step for step in steps if step is not None]
 
 
 class ModelRunner:
@@ -83,6 +86,7 @@ class ModelRunner:
             parts.attention,
             parts.decode_step,
             parts.verify_step,
+            parts.mixed_step,
         )
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
@@ -140,6 +144,10 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs, clock: PartClock) -> torch.Tensor:
         parts, batch = self.parts, inputs.batch
+        if inputs.mixed is not None:
+            clock.lap("prepare")
+            parts.graph_runner.run(inputs.mixed.step.kind, inputs.mixed.size)
+            return inputs.mixed.hidden()
         context = ForwardContext(
             batch, parts.attention, parts.attention.build_metadata(batch), parts.pool
         )
@@ -219,7 +227,8 @@ class ModelRunner:
         self, inputs: StepInputs, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         index = inputs.batch.logits_indices
-        selected = hidden if index.shape[0] == hidden.shape[0] else hidden[index]
+        is_all = index.shape[0] == hidden.shape[0] and inputs.mixed is None
+        selected = hidden if is_all else hidden[index]
         return self.parts.model.compute_logits(selected), selected
 
     def _sampling_metadata(self, inputs: StepInputs) -> SamplingMetadata:
@@ -346,7 +355,7 @@ class RunningStep:
         self._steady = runner.inputs.steady
         self._sampling, self._first_row = inputs.sampling, inputs.first_row
         self._num_context_tokens = inputs.num_context_tokens
-        self._prepared = inputs.prepared
+        self._prepared = inputs.mixed if inputs.prepared is None else inputs.prepared
         self._verified = verified  # by the prepared step itself
         self._has_drafts = inputs.max_drafts > 0
         self._logprobs = None if accepted is None else accepted.logprobs

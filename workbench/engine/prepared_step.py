@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from workbench.engine.model_runner import Model
 
 
+#: What is read of a step's last run from outside, by size and form.
+Kept = dict[tuple[int, str], torch.Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class StepParts:
     """What prepared steps drive.
@@ -32,7 +36,8 @@ class StepParts:
     components
         By slot, those whose counts a step adds to.
     owned
-        Logits whose memory is not yet anybody else's, of all steps that share these parts.
+        What was kept of runs and whose memory is not yet anybody else's, of all steps that share
+        these parts: where it is kept, under which key, and itself.
     """
 
     model: Model
@@ -41,14 +46,14 @@ class StepParts:
     attention: AttentionBackend
     sampler: Sampler
     components: Mapping[str, Component]
-    owned: list[tuple[PreparedStep, tuple[int, str], torch.Tensor]] = field(default_factory=list)
+    owned: list[tuple[Kept, tuple[int, str], torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
     """A prepared step in one size and form, and tokens of it that pad."""
 
-    step: PreparedStep
+    step: UniformStep
     size: int
     num_padded_tokens: int
     form: str = PLAIN_FORM
@@ -59,7 +64,7 @@ class PreparedRun:
 
 
 class PreparedStep(ABC):
-    """Runs ``Q`` tokens of each of the first ``size`` places.
+    """A step over buffers that stay where they are, padded to one of a few sizes.
 
     Places that no request holds run the table's padding row, whose keys and values go to the pool's
     trash block.
@@ -68,23 +73,17 @@ class PreparedStep(ABC):
     ----------
     kind
         Which kind of step it is, for the graph runner.
-    tokens_each
-        ``Q``.
-    new_ids : Tensor[B, Q] int64
-        New tokens of the last step, then -1.
-    logits : dict[tuple[int, str], Tensor[size * Q, V]]
-        Of the last step of each size and form.
+    max_size
+        Largest size: ``tokens_each`` tokens for each unit of it.
     forms : tuple[StepForm, ...]
         Those of the attention backend, beside the plain one.
-    writes_tokens
-        Whether it draws greedily and writes back what it drew; who wants other tokens overwrites
-        them, from :attr:`logits`, before the next step.
     """
 
     kind: ClassVar[str]
-    writes_tokens: bool = True
 
-    def __init__(self, parts: StepParts, max_size: int, tokens_each: int) -> None:
+    def __init__(
+        self, parts: StepParts, max_size: int, tokens_each: int, num_requests: int
+    ) -> None:
         self.parts = parts
         self.max_size, self.tokens_each = max_size, tokens_each
         table, pool = parts.table, parts.pool
@@ -93,19 +92,17 @@ class PreparedStep(ABC):
         long: dict[str, Any] = {"dtype": torch.int64, "device": table.device}
         short: dict[str, Any] = {"dtype": torch.int32, "device": table.device}
         tokens, columns = max_size * tokens_each, table.block_table.shape[1]
-        self.new_ids = torch.zeros(max_size, tokens_each, **long)
-        self.logits: dict[tuple[int, str], torch.Tensor] = {}
         self._whole = ForwardBatch(
             input_ids=torch.zeros(tokens, **long),
             positions=torch.zeros(tokens, **long),
-            query_start_loc=torch.arange(0, tokens + 1, tokens_each, **short),
-            seq_lens=torch.full((max_size,), tokens_each, **short),
-            block_table=torch.full((max_size, columns), pool.num_blocks, **short),
+            query_start_loc=torch.zeros(num_requests + 1, **short),
+            seq_lens=torch.zeros(num_requests, **short),
+            block_table=torch.full((num_requests, columns), pool.num_blocks, **short),
             slot_mapping=torch.zeros(tokens, **long),
             logits_indices=torch.arange(tokens, **long),
             rows=self.place_rows(),
-            query_lens_host=[tokens_each] * max_size,
-            seq_lens_host=[tokens_each] * max_size,
+            query_lens_host=[tokens_each] * num_requests,
+            seq_lens_host=[tokens_each] * num_requests,
             block_size=pool.block_size,
         )
         self.forms: tuple[StepForm, ...] = ()
@@ -115,20 +112,25 @@ class PreparedStep(ABC):
         """Row of the request table of each place, ``[B]`` int64, on the device."""
 
     @abstractmethod
+    def batch(self, size: int) -> ForwardBatch:
+        """The step in this size as a batch: views of the buffers. Its host lengths are not kept
+        up."""
+
+    @abstractmethod
     def gather(self, batch: ForwardBatch) -> None:
         """Fill the batch from the table."""
 
     @abstractmethod
-    def store(self, batch: ForwardBatch, drawn: torch.Tensor) -> None:
-        """Write what was drawn behind each token, ``[size * Q]``, back to the table and to
-        :attr:`new_ids`."""
+    def finish(self, batch: ForwardBatch, hidden: torch.Tensor, key: tuple[int, str]) -> None:
+        """Queue what follows the model's hidden states ``[T, H]``, and :meth:`keep` what is read
+        from outside, under this size and form."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its own buffers on the device; logits lie in the memory of whoever runs it."""
+        """Bytes of its own buffers on the device; what it keeps lies in the memory of whoever runs
+        it."""
         whole = self._whole
         held = (
-            self.new_ids,
             whole.input_ids,
             whole.positions,
             whole.query_start_loc,
@@ -147,8 +149,66 @@ class PreparedStep(ABC):
             for name, value in component.counters().items()
         }
 
+    def run(self, size: int, form: str = PLAIN_FORM) -> None:
+        """Queue the step in this size and form."""
+        self._lend()
+        parts, batch = self.parts, self.batch(size)
+        self.gather(batch)
+        metadata = parts.attention.prepared_metadata(batch, form)
+        context = ForwardContext(batch, parts.attention, metadata, parts.pool)
+        self.finish(batch, parts.model.forward(batch, context), (size, form))
+
+    def keep(self, kept: Kept, key: tuple[int, str], tensor: torch.Tensor) -> None:
+        """Keep what a run gave, until the next one of any step may overwrite it."""
+        kept[key] = tensor
+        self.parts.owned.append((kept, key, tensor))
+
+    def _lend(self) -> None:
+        """Let what earlier runs gave be overwritten: captured steps of all kinds and sizes share
+        memory."""
+        if self._whole.input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        for kept, key, tensor in self.parts.owned:
+            kept[key] = borrowed(tensor)
+        self.parts.owned.clear()
+
+
+class UniformStep(PreparedStep):
+    """Runs ``Q`` tokens of each of the first ``size`` places, and draws behind each.
+
+    Attributes
+    ----------
+    tokens_each
+        ``Q``.
+    new_ids : Tensor[B, Q] int64
+        New tokens of the last step, then -1.
+    logits : dict[tuple[int, str], Tensor[size * Q, V]]
+        Of the last step of each size and form.
+    writes_tokens
+        Whether it draws greedily and writes back what it drew; who wants other tokens overwrites
+        them, from :attr:`logits`, before the next step.
+    """
+
+    writes_tokens: bool = True
+
+    def __init__(self, parts: StepParts, max_size: int, tokens_each: int) -> None:
+        super().__init__(parts, max_size, tokens_each, num_requests=max_size)
+        whole, device = self._whole, parts.table.device
+        self.new_ids = torch.zeros(max_size, tokens_each, dtype=torch.int64, device=device)
+        self.logits: Kept = {}
+        whole.query_start_loc.copy_(torch.arange(max_size + 1, device=device) * tokens_each)
+        whole.seq_lens.fill_(tokens_each)
+
+    @abstractmethod
+    def store(self, batch: ForwardBatch, drawn: torch.Tensor) -> None:
+        """Write what was drawn behind each token, ``[size * Q]``, back to the table and to
+        :attr:`new_ids`."""
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.new_ids.nbytes
+
     def batch(self, size: int) -> ForwardBatch:
-        """The first places as a batch: views of the buffers. Its host lengths are not kept up."""
         whole, tokens = self._whole, size * self.tokens_each
         return dataclasses.replace(
             whole,
@@ -165,26 +225,11 @@ class PreparedStep(ABC):
             extras={},
         )
 
-    def run(self, size: int, form: str = PLAIN_FORM) -> None:
-        """Queue the step for the first ``size`` places."""
-        self._lend()
-        parts, batch = self.parts, self.batch(size)
-        self.gather(batch)
-        metadata = parts.attention.prepared_metadata(batch, form)
-        context = ForwardContext(batch, parts.attention, metadata, parts.pool)
-        logits = parts.model.compute_logits(parts.model.forward(batch, context))
+    def finish(self, batch: ForwardBatch, hidden: torch.Tensor, key: tuple[int, str]) -> None:
+        parts = self.parts
+        logits = parts.model.compute_logits(hidden)
         if self.writes_tokens:
             nothing = batch.positions[:0]
             greedy = SamplingMetadata(params=[], positions=nothing, seeds=nothing)
             self.store(batch, parts.sampler.sample(logits, greedy).token_ids)
-        self.logits[size, form] = logits
-        parts.owned.append((self, (size, form), logits))
-
-    def _lend(self) -> None:
-        """Let logits of earlier runs be overwritten: captured steps of all kinds and sizes share
-        memory."""
-        if self.new_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        for step, key, logits in self.parts.owned:
-            step.logits[key] = borrowed(logits)
-        self.parts.owned.clear()
+        self.keep(self.logits, key, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 
 from workbench.core.step import ForwardBatch, SchedulerOutput, TokenLogprobs
 from workbench.engine.decode_step import DecodeStep
+from workbench.engine.mixed_step import FIRST_NEW, LOGITS_AT, ROW, START, MixedRun, MixedStep
 from workbench.engine.prepared_step import PreparedRun
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import upload, upload_into
 from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend
-from workbench.slots.graph_runner import DECODE, VERIFY, GraphRunner
+from workbench.slots.graph_runner import DECODE, MIXED, VERIFY, GraphRunner
 
 
 @dataclass(slots=True)
@@ -35,6 +37,9 @@ class StepInputs:
         Tokens in the KV cache before this step, over all requests.
     prepared
         The prepared step that runs these inputs; None where ops are launched one by one.
+    mixed
+        The mixed step that runs these inputs as far as their hidden states; the tensors of
+        :attr:`batch` hold them from then on.
     """
 
     batch: ForwardBatch
@@ -47,6 +52,7 @@ class StepInputs:
     max_drafts: int
     num_context_tokens: int
     prepared: PreparedRun | None = None
+    mixed: MixedRun | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ class InputGatherer:
         attention: AttentionBackend,
         decode_step: DecodeStep | None,
         verify_step: VerifyStep | None,
+        mixed_step: MixedStep | None,
     ) -> None:
         self.table = table
         self._attention = attention
@@ -101,6 +108,7 @@ class InputGatherer:
         self._block_size = block_size
         self._graph_runner = graph_runner
         self._decode_step, self._verify_step = decode_step, verify_step
+        self._mixed_step = mixed_step
         self._arange = torch.arange(table.token_ids.shape[0], device=table.device)
 
     def gather(self, plan: SchedulerOutput) -> StepInputs:
@@ -122,6 +130,10 @@ class InputGatherer:
             lengths = self.table.num_computed_host[rows_host] + plan.num_scheduled_tokens
             if size is not None and lengths.min() >= self._verify_step.tokens_each:
                 return self._gather_verify(self._verify_step, plan, rows_host, size)
+        if self._mixed_step is not None and not any(plan.num_draft_tokens):
+            size = self._graph_runner.dispatch(MIXED, plan.total_num_scheduled_tokens)
+            if size is not None:
+                return self._gather_prepared_mixed(self._mixed_step, plan, rows_host, size)
         return self._gather_mixed(plan, rows_host)
 
     def leave_steady(self) -> None:
@@ -363,6 +375,54 @@ class InputGatherer:
             first_new=(seq_lens - num_drafts)[self.device_index(sampling, size)],
             max_drafts=max(plan.num_draft_tokens),
             num_context_tokens=int(computed_host.sum()),
+        )
+
+    def _gather_prepared_mixed(
+        self, step: MixedStep, plan: SchedulerOutput, rows_host: list[int], size: int
+    ) -> StepInputs:
+        """Requests run any numbers of tokens and no drafts, in a prepared step: where each begins
+        goes to the device, and which of them yield a token."""
+        table, count = self.table, len(rows_host)
+        rows_index = np.array(rows_host)
+        computed = table.num_computed_host[rows_index]
+        ends = np.cumsum(plan.num_scheduled_tokens)
+        seq_lens = computed + plan.num_scheduled_tokens
+        num_tokens = int(ends[-1])
+        sampling = [i for i, samples in enumerate(plan.samples) if samples]
+        places = np.zeros((step.num_places(size) + 1, step.places.shape[1]), np.int64)
+        places[:, ROW], places[:, START] = table.padding_row, num_tokens
+        places[:count, ROW] = rows_index
+        places[0, START], places[1:count, START] = 0, ends[:-1]
+        places[: len(sampling), LOGITS_AT] = ends[sampling] - 1
+        places[: len(sampling), FIRST_NEW] = seq_lens[sampling]
+        on_device = step.places[: len(places)]
+        upload_into(on_device, places)
+        whole = step.batch(size)
+        batch = dataclasses.replace(
+            whole,
+            input_ids=whole.input_ids[:num_tokens],
+            positions=whole.positions[:num_tokens],
+            query_start_loc=whole.query_start_loc[: count + 1],
+            seq_lens=whole.seq_lens[:count],
+            block_table=whole.block_table[:count],
+            slot_mapping=whole.slot_mapping[:num_tokens],
+            logits_indices=on_device[: len(sampling), LOGITS_AT],
+            rows=whole.rows[:count],
+            query_lens_host=plan.num_scheduled_tokens,
+            seq_lens_host=seq_lens.tolist(),
+            host_rows=(table.host_block_table, rows_host),
+        )
+        return StepInputs(
+            batch=batch,
+            rows=rows_host,
+            rows_index=rows_index,
+            sampling=sampling,
+            num_drafts=plan.num_draft_tokens,
+            first_row=list(range(len(sampling))),
+            first_new=on_device[: len(sampling), FIRST_NEW],
+            max_drafts=0,
+            num_context_tokens=int(computed.sum()),
+            mixed=MixedRun(step, size, size - num_tokens),
         )
 
     def _logits_rows(self, plan: SchedulerOutput) -> tuple[list[int], list[int], torch.Tensor]:

@@ -6,12 +6,12 @@ import torch
 
 from kernels.verify_step import gather_verify_inputs, store_verified
 from workbench.core.step import ForwardBatch
-from workbench.engine.prepared_step import PreparedStep, StepParts
+from workbench.engine.prepared_step import StepParts, UniformStep
 from workbench.slots.graph_runner import VERIFY
 from workbench.slots.verifier import Verifier
 
 
-class VerifyStep(PreparedStep):
+class VerifyStep(UniformStep):
     """Runs the last token and the drafts of each place, as many tokens in every one.
 
     A request's own tokens stand last in its place. In front of them, where it has fewer drafts than

@@ -11,12 +11,12 @@ from workbench.slots.component import Component
 from workbench.slots.platform import Platform
 
 #: Kinds of prepared steps: every request runs its last token; every request runs its last token
-#: and its drafts, padded to as many as there may be.
-DECODE, VERIFY = "decode", "verify"
+#: and its drafts, padded to as many as there may be; requests run any numbers of tokens.
+DECODE, VERIFY, MIXED = "decode", "verify", "mixed"
 
 
 class PreparedStep(Protocol):
-    """A step in which every request runs as many tokens, as work of the device alone.
+    """A step as work of the device alone, in which every request runs as many tokens, or any.
 
     Its inputs come from tables on the device by row, its buffers stay where they are, and its
     places beyond the running requests hold padding, which writes to the trash block.
@@ -24,17 +24,18 @@ class PreparedStep(Protocol):
 
     @property
     def kind(self) -> str:
-        """:data:`DECODE` or :data:`VERIFY`."""
+        """:data:`DECODE`, :data:`VERIFY` or :data:`MIXED`."""
         ...
 
     @property
     def max_size(self) -> int:
-        """Most requests of a step."""
+        """Most requests of a step; of a mixed one, tokens."""
         ...
 
     @property
     def tokens_each(self) -> int:
-        """Tokens that a request runs, padding included."""
+        """Tokens that a request runs, padding included; 1 of a mixed step, whose size is that of
+        its tokens."""
         ...
 
     @property
@@ -43,8 +44,9 @@ class PreparedStep(Protocol):
         ...
 
     def run(self, size: int, form: str = PLAIN_FORM) -> None:
-        """Queue the step for the first ``size`` places: inputs, model, sampling, write-back.
-        Never waits for the device, and launches the same whatever the places hold."""
+        """Queue the step for the first ``size`` places: inputs, model, sampling, write-back; of a
+        mixed step, inputs and model. Never waits for the device, and launches the same whatever
+        the places hold."""
         ...
 
     def counters(self) -> dict[str, float]:
@@ -67,16 +69,21 @@ class GraphRunner(Component):
         0 where it prepares none."""
         return 0
 
+    def largest_mixed(self, attention: AttentionBackend, step_tokens: int) -> int:
+        """Most tokens, padding included, of a prepared step in which requests run any numbers of
+        them, where no step has more than ``step_tokens``; 0 where it prepares none."""
+        return 0
+
     @abstractmethod
     def capture(self, steps: Sequence[PreparedStep]) -> None:
         """Prepare steps, one of a kind, in all sizes and forms. Called once, before the first
         request."""
 
     @abstractmethod
-    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
-        """Size, padding included, under which so many requests run in this kind of step and form;
-        None where none is prepared, as before :meth:`capture`: another form may be, or the ops are
-        launched one by one."""
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
+        """Size, padding included, under which so many requests run in this kind of step and form,
+        or so many tokens in a mixed one; None where none is prepared, as before
+        :meth:`capture`: another form may be, or the ops are launched one by one."""
 
     @abstractmethod
     def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:
@@ -109,7 +116,7 @@ class EagerRunner(GraphRunner):
 
     def capture(self, steps: Sequence[PreparedStep]) -> None: ...
 
-    def dispatch(self, kind: str, num_requests: int, form: str = PLAIN_FORM) -> int | None:
+    def dispatch(self, kind: str, count: int, form: str = PLAIN_FORM) -> int | None:
         return None
 
     def run(self, kind: str, size: int, form: str = PLAIN_FORM) -> None:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from workbench.core.errors import ConfigError
+from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.memory import DeviceMemory, MemoryProbe
 from workbench.slots.component import Component
+
+#: By the names that configs have for them.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class Platform(Component):
@@ -101,3 +108,12 @@ class Cpu(Platform):
         return min(2 << 30, self.free_memory_bytes() // 4)
 
     def synchronize(self) -> None: ...
+
+
+def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
+    """``auto`` (the platform's choice) or a name in :data:`DTYPES` as torch has it."""
+    if name == "auto":
+        return platform.default_dtype()
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
