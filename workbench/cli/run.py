@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from workbench.assemble import DTYPES, Limits, load_class
+from workbench.assemble import Limits, load_class
 from workbench.bench.environment import hardware_slug
 from workbench.bench.gates import MarginFn, Outputs
 from workbench.bench.load import Offline
@@ -50,6 +50,7 @@ from workbench.core.workload import WorkloadRequest
 from workbench.models.families import read_config, spec_from_hf
 from workbench.models.random_weights import save_random_checkpoint
 from workbench.models.source import ModelSource
+from workbench.slots.platform import DTYPES
 
 _REFERENCES = ("hf", "hf_scored", "base")
 #: Margin in logits under which bf16 and fp16 may break a tie another way than the reference.
