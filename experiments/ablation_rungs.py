@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments import peak
-from workbench.assemble import DTYPES, EngineConfig, load_class
+from workbench.assemble import EngineConfig, load_class
 from workbench.bench.load import Offline
 from workbench.configuration import Composed
 from workbench.core.backend import TokenEvent
@@ -22,6 +22,7 @@ from workbench.core.errors import ConfigError, UnsupportedError, unknown_name
 from workbench.core.workload import WorkloadRequest
 from workbench.models.families import read_config
 from workbench.models.random_weights import random_tensors
+from workbench.slots.platform import DTYPES
 
 
 def options_of_rung(composed: Composed, name: str) -> dict[str, Any]:

@@ -90,8 +90,16 @@ def declared_conflict(techniques: Sequence[str]) -> bool:
     """Whether two of the techniques, or of what they require, fill one slot or exclude each
     other."""
     markers = markers_here()
+
+    def share_a_slot(a: str, b: str) -> bool:
+        """One that builds on another may set options of what that one fills its slot with."""
+        common = set(markers[a].slots) & set(markers[b].slots)
+        builds_on = a in markers[b].requires or b in markers[a].requires
+        alike = all(markers[a].slots[slot] == markers[b].slots[slot] for slot in common)
+        return bool(common) and not (builds_on and alike)
+
     return any(
-        b in markers[a].conflicts or set(markers[a].slots) & set(markers[b].slots)
+        b in markers[a].conflicts or share_a_slot(a, b)
         for a, b in itertools.permutations(with_requirements(techniques), 2)
     )
 
