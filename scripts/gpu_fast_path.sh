@@ -18,11 +18,14 @@ for part in "${@:-checks kernels peak cascade ablation timeline}"; do
             do_run python3 tests/gpu/test_fast_path_cuda.py
             do_run python3 tests/gpu/test_batch_invariant_cuda.py
             do_run python3 tests/gpu/test_torch_compile_cuda.py
+            do_run python3 tests/gpu/test_speculation_cuda.py
             do_run python3 tests/gpu/test_memory_cuda.py
+            do_run python3 -m pytest -q tests/gpu/test_tuned_gemm_cuda.py
             do_run python3 -m pytest -q tests/gpu/test_backends_cuda.py
             # Kernels compile in as many processes as xdist, where it is installed, may start.
             do_run python3 -m pytest -q ${PYTEST_WORKERS:+-n "$PYTEST_WORKERS"} \
-                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,invariant_gemm,rotary}.py
+                tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,invariant_gemm,rotary}.py \
+                tests/kernels/test_{verify,mixed}_step.py
             ;;
         kernels)
             do_run python3 -m experiments.gpu_fused --out "$OUT/fused.jsonl"
@@ -42,8 +45,9 @@ for part in "${@:-checks kernels peak cascade ablation timeline}"; do
             # Without torch's caching of memory, so that an access beyond a tensor is one beyond an allocation.
             for tool in memcheck racecheck; do
                 do_run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                    python3 -m pytest -q -x -p no:cacheprovider -k "dtype1 or cut" \
-                    tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py
+                    python3 -m pytest -q -x -p no:cacheprovider -k "dtype1 or cut or gates or step" \
+                    tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py \
+                    tests/kernels/test_{verify,mixed}_step.py
             done
             ;;
         cascade)
