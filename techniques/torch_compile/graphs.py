@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from workbench.core.errors import UnsupportedError
 
@@ -20,29 +21,28 @@ class CompiledFunction:
 
     All other sizes and strides are those of that first call, and so are torch's modes and number
     of threads: a caller keeps one object for each combination.
-
-    Attributes
-    ----------
-    num_graphs
-        Graphs that were compiled: 1 after the first call.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, options: dict[str, Any]) -> None:
-        self.num_graphs = 0
         self._name, self._options = name, options
         # Closures of one function share their code, and torch keeps two things by it: graphs, of
         # which it allows each code object a few, and by the code's name which sizes have been seen
         # to change, which are dynamic from then on. So each gets code with a name of its own.
-        code = function.__code__.replace(co_name=f"{name}_{next(_NUMBERS)}")
+        self._code = function.__code__.replace(co_name=f"{name}_{next(_NUMBERS)}")
         own = types.FunctionType(
-            code, function.__globals__, name, function.__defaults__, function.__closure__
+            self._code, function.__globals__, name, function.__defaults__, function.__closure__
         )
         self._function: Callable[..., Any] = torch.compile(own, fullgraph=True, backend=self._build)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that torch holds for it: 1 after the first call, 0 after ``torch._dynamo.reset``,
+        which others in the process may call."""
+        return len(_debug_get_cache_entry_list(self._code))
 
     def _build(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         import torch._inductor
 
-        self.num_graphs += 1
         built: Callable[..., Any] = torch._inductor.compile(graph, examples, self._options)
         return built
 

