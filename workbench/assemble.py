@@ -39,7 +39,6 @@ from workbench.models.decoder import Decoder
 from workbench.models.families import preload, read_config, spec_from_hf
 from workbench.models.loader import load_model
 from workbench.models.source import ModelSource
-from workbench.models.spec import ModelSpec
 from workbench.sizing import (
     Limits,
     PoolWish,
@@ -51,16 +50,15 @@ from workbench.sizing import (
     whole_blocks,
 )
 from workbench.slots.draft_length import FullLength
-from workbench.slots.drafter import Drafter
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
-from workbench.slots.kv_pool import KVPool
+from workbench.slots.kv_pool import KVPool, KVShape
 from workbench.slots.linear import LinearMethod
 from workbench.slots.ops import Ops
 from workbench.slots.platform import Platform, resolve_dtype
 from workbench.slots.sampler import Sampler
 from workbench.slots.scheduler import Scheduler, SchedulerParts
-from workbench.slots.verifier import Verifier
+from workbench.speculation import DrafterSource, bind_drafter, build_speculation, load_drafter
 
 __all__ = [
     "SCHEDULER_SLOTS",
@@ -89,6 +87,8 @@ class EngineConfig:
         Where the model comes from.
     dtype
         ``auto`` (the platform's choice) or a name in ``slots.platform.DTYPES``.
+    models_dir
+        Folder of the model store, for models that components name; None: the default one.
     """
 
     components: dict[str, dict[str, Any]]
@@ -96,6 +96,7 @@ class EngineConfig:
     weights: str = "checkpoint"
     dtype: str = "auto"
     seed: int = 0
+    models_dir: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
@@ -141,7 +142,8 @@ def build_engine(config: EngineConfig) -> Engine:
     if memory is not None and profile is not None:
         books = DeviceBooks(memory, profile.outside_bytes, base_allocated)
     _prepare_steps(builder, runner)
-    scheduler = _build_scheduler(builder, config.limits, max_model_len)
+    num_kv_lookahead = runner.parts.drafter.num_kv_lookahead
+    scheduler = _build_scheduler(builder, config.limits, max_model_len, num_kv_lookahead)
     probe.trim()
     if books is not None:
         books.prepared(runner.parts.graph_runner.num_bytes)
@@ -216,9 +218,10 @@ def check_engine(config: EngineConfig) -> None:
     max_model_len = resolve_model_len(config.limits, spec)
     _build_ops(builder, platform, dtype)
     _build_sampler(builder, platform, dtype)
-    _build_speculation(builder)
-    kv_cache = _build_kv_cache(builder, spec, config.limits, platform, dtype, max_model_len, None)
-    bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
+    build_speculation(builder)
+    shape = spec.kv_shape(dtype)
+    kv_cache = _build_kv_cache(builder, shape, config.limits, platform, max_model_len, None)
+    bytes_per_token = builder.cls("kv_pool").bytes_per_token(shape)
     builder.build(
         "kv_offload",
         bytes_per_block=kv_cache.block_size * bytes_per_token,
@@ -247,26 +250,6 @@ def _build_sampler(builder: Builder, platform: Platform, dtype: torch.dtype) -> 
     return sampler
 
 
-def _build_speculation(builder: Builder) -> tuple[Drafter, Verifier]:
-    drafter, verifier = builder.build("drafter"), builder.build("verifier")
-    loop = builder.cls("loop")
-    if drafter.num_lookahead_tokens and loop.plans_ahead:
-        raise ConfigError(
-            f"drafter {type(drafter).__name__} has to see a step's tokens before the next one is "
-            f"planned, and loop {loop.__name__} plans it before. Choose engine/loop=sync, or "
-            "engine/drafter=none."
-        )
-    if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
-        raise ConfigError(
-            f"drafter {type(drafter).__name__} proposes drafts, but verifier "
-            f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
-        )
-    if drafter.num_lookahead_tokens:
-        verifier.pair_with(drafter)
-    builder.build("draft_length", num_lookahead_tokens=drafter.num_lookahead_tokens)
-    return drafter, verifier
-
-
 def _build_runner(
     builder: Builder,
     config: EngineConfig,
@@ -277,11 +260,19 @@ def _build_runner(
 ) -> tuple[ModelRunner, Profile | None]:
     """The runner, without prepared steps; and what was measured to size its pool."""
     limits = config.limits
-    _build_speculation(builder)
+    drafter = build_speculation(builder).drafter
+    load_drafter(
+        builder,
+        decoder,
+        DrafterSource(
+            config.source.folder, config.weights, config.seed, config.models_dir, max_model_len
+        ),
+        expected_tokens=limits.max_num_seqs,
+    )
     builder.build("attention")
     _build_sampler(builder, platform, dtype)
     builder.build("graph_runner")
-    shape = decoder.spec.kv_shape(dtype)
+    shape = decoder.spec.kv_shape(dtype).followed_by(drafter.kv_shape())
     block_size = builder.block_size(max_model_len)
     size = {"shape": shape, "block_size": block_size, "device": platform.device}
     memory, profile = platform.device_memory(), None
@@ -293,8 +284,7 @@ def _build_runner(
         profile = _profile(builder, trial, limits, max_model_len, memory)
         del trial
         memory.trim()
-    spec = decoder.spec
-    kv_cache = _build_kv_cache(builder, spec, limits, platform, dtype, max_model_len, profile)
+    kv_cache = _build_kv_cache(builder, shape, limits, platform, max_model_len, profile)
     pool = builder.build("kv_pool", num_blocks=kv_cache.num_blocks, **size)
     offload: KVOffload = builder.build(
         "kv_offload",
@@ -336,6 +326,9 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
+    step_tokens = _step_tokens(builder, limits, max_model_len)
+    spec = decoder.spec
+    bind_drafter(builder, table, pool, spec.num_layers, step_tokens, spec.vocab_size)
     driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
     step_parts = StepParts(
         decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
@@ -346,7 +339,7 @@ def _make_runner(
         built["drafter"],
         built["verifier"],
         max_model_len,
-        _step_tokens(builder, limits, max_model_len),
+        step_tokens,
     )
     return ModelRunner(
         RunnerParts(
@@ -415,15 +408,14 @@ def _step_tokens(builder: Builder, limits: Limits, max_model_len: int) -> int:
 
 def _build_kv_cache(
     builder: Builder,
-    spec: ModelSpec,
+    shape: KVShape,
     limits: Limits,
     platform: Platform,
-    dtype: torch.dtype,
     max_model_len: int,
     profile: Profile | None,
 ) -> KVCacheManager:
     """The manager of as many blocks as the limits ask for and the memory holds."""
-    bytes_per_token = builder.cls("kv_pool").bytes_per_token(spec.kv_shape(dtype))
+    bytes_per_token = builder.cls("kv_pool").bytes_per_token(shape)
     block_size = builder.block_size(max_model_len)
     has_host_tier = builder.cls("kv_offload").holds_blocks
     wish = PoolWish(
@@ -439,7 +431,9 @@ def _build_kv_cache(
     return manager
 
 
-def _build_scheduler(builder: Builder, limits: Limits, max_model_len: int) -> Scheduler:
+def _build_scheduler(
+    builder: Builder, limits: Limits, max_model_len: int, num_kv_lookahead: int = 0
+) -> Scheduler:
     kv_cache: KVCacheManager = builder.built["kv_cache"]  # type: ignore[assignment]
     offload: KVOffload = builder.built["kv_offload"]  # type: ignore[assignment]
     eviction = builder.build("eviction")
@@ -454,6 +448,7 @@ def _build_scheduler(builder: Builder, limits: Limits, max_model_len: int) -> Sc
         prefill=builder.build("prefill"),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=max_model_len,
+        num_kv_lookahead=num_kv_lookahead,
     )
     scheduler: Scheduler = builder.build("scheduler", parts=parts)
     return scheduler

@@ -348,6 +348,7 @@ def engine_config(
         weights=cfg.weights,
         dtype=cfg.dtype,
         seed=cfg.seed,
+        models_dir=cfg.models_dir,
         limits=limits,
     )
 

@@ -242,6 +242,7 @@ def predict(
     held = {
         "weights": decoder.weight_bytes_actual,
         "rope_tables": decoder.rope_bytes,
+        "drafter": parts.drafter.weight_bytes,
         "kv_pool": parts.pool.num_bytes - trash,
         "kv_trash_block": trash,
         "kv_host": parts.host_pool.num_device_bytes,

@@ -27,6 +27,7 @@ class Rejection(Verifier):
     """
 
     losslessness = "distributional"
+    reads_probs = True
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)

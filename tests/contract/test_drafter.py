@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.engines import component
-from workbench.configuration import options_of
+from tests.helpers.engines import component, drafters_by_tokens
 from workbench.slots.drafter import DraftContext, Drafter
 
 VOCAB = 12
 #: Settings without memory of finished requests, where a drafter has one by default.
 FORGETFUL = {"suffix": {"shared_tokens": 0}}
-every_drafter = pytest.mark.parametrize("option", options_of("engine/drafter"))
+every_drafter = pytest.mark.parametrize("option", drafters_by_tokens())
 
 
 def propose(

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.drafting import CountedTokens, context, num_opcodes, text_like
-from tests.helpers.engines import component
-from workbench.configuration import options_of
+from tests.helpers.engines import component, drafters_by_tokens
 from workbench.slots.drafter import Drafter
 
-every_drafter = pytest.mark.parametrize("option", options_of("engine/drafter"))
+every_drafter = pytest.mark.parametrize("option", drafters_by_tokens())
 LENGTHS = (200, 4000)
 TOKENS = np.asarray(text_like(4200), dtype=np.int32)
 

@@ -21,6 +21,7 @@ from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_c
 from workbench.configuration import Marker, compose_config, engine_config, options_of
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.engine.engine import Engine
+from workbench.slots.drafter import Drafter
 
 VOCAB_SIZE = 128
 #: Ids below are ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``.
@@ -41,6 +42,15 @@ def node_of(slot: str, option: str) -> dict[str, Any]:
     node = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
+
+
+def drafters_by_tokens() -> list[str]:
+    """Options of ``drafter`` that read tokens alone; the others need an engine around them."""
+    return [
+        option
+        for option in options_of("engine/drafter")
+        if load_class(node_of("drafter", option)["_target_"]).bind is Drafter.bind
+    ]
 
 
 def component(
@@ -151,6 +161,9 @@ def tiny_engine(
     """
     chosen = [f"+technique=[{','.join(techniques)}]"] if techniques else []
     folder = model or tiny_model("llama")
+    needed = "engine.drafter.model="
+    if "draft_model" in techniques and not any(text.startswith(needed) for text in overrides):
+        chosen.append(f"{needed}{folder}")  # of all models, the one whose drafts hold
     composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))

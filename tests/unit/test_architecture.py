@@ -51,7 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workbench.simulate": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
     "workbench.components": {"workbench", "workbench.core", "workbench.slots"},
     "workbench.sizing": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
-    "workbench.assemble": {*ALL_BUT_BENCH, "workbench.components", "workbench.sizing"},
+    "workbench.speculation": {*ENGINE_ROOMS, "workbench.engine", "workbench.components"},
+    "workbench.assemble": {
+        *ALL_BUT_BENCH,
+        "workbench.components",
+        "workbench.sizing",
+        "workbench.speculation",
+    },
     "workbench.configuration": {*ALL_BUT_BENCH, "workbench.assemble", "workbench.sizing"},
     "workbench.api": {*ALL_BUT_BENCH, "workbench.assemble", "workbench.configuration"},
 }

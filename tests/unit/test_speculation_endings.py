@@ -28,6 +28,7 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "suffix": (("suffix_decoding",), ()),
     "rejection": (("rejection_sampling",), SHORT_NGRAMS),
     "typical": (("typical_acceptance",), SHORT_NGRAMS),
+    "draft model": (("draft_model",), ()),
     "adaptive ngram": (("spec_decode", "adaptive_drafts"), (*SHORT_NGRAMS, *EAGER_CONTROLLER)),
     "adaptive suffix": (("suffix_decoding", "adaptive_drafts"), EAGER_CONTROLLER),
     "paged": (

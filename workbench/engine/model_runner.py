@@ -202,6 +202,7 @@ class ModelRunner:
             self.table.add_all(plan.new_requests)
         if plan.new_block_ids:
             self.table.append_blocks(plan.new_block_ids)
+        self.parts.drafter.note_plan(plan)
 
     def _drafts(self, inputs: StepInputs) -> DraftsToVerify:
         """Drafts of the requests that yield tokens, read back from the step's inputs."""
@@ -324,6 +325,7 @@ class ModelRunner:
                 token_ids=[table.known_tokens(row) for row in rows],
                 max_draft_tokens=limits,
                 num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
+                rows=rows,
                 hidden_states=last_hidden,
             )
         )

@@ -3,13 +3,83 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from workbench.core.step import SchedulerOutput
+from workbench.slots.attention import AttentionBackend, AttentionLayer
 from workbench.slots.component import Component
+from workbench.slots.kv_pool import KVPool, KVShape
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterHost:
+    """What a drafter with weights of its own loads them by.
+
+    Attributes
+    ----------
+    target : workbench.models.decoder.Decoder
+        The model whose tokens are drafted.
+    target_folder
+        Its folder, if it has one.
+    weights, seed
+        ``checkpoint`` or ``random``, and of which seed, as for the target.
+    max_model_len
+        Tokens a request.
+    models_dir
+        Folder of the model store; None: the default one.
+    load_decoder
+        Loads a decoder as the target was loaded, from a model folder or the content of a
+        ``config.json``, with components of its own.
+    """
+
+    target: Any
+    target_folder: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    weights: str
+    seed: int
+    max_model_len: int
+    models_dir: str | None
+    load_decoder: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterBinding:
+    """What a drafter runs on; given once more after a trial.
+
+    Attributes
+    ----------
+    table : workbench.engine.request_table.RequestTable
+        Rows of the running requests.
+    pool
+        Layers of KV of the drafter's own (:meth:`Drafter.kv_shape`), in the blocks that requests
+        have for the target's.
+    target_pool
+        The target's layers, in the same blocks.
+    make_attention
+        Makes an attention backend of the engine's kind for layers over a pool, or says why it
+        cannot serve them.
+    vocab_size
+        Of the target.
+    step_tokens
+        Most tokens of one step.
+    reads_probs
+        Whether the verifier tests drafts by what they were drawn from.
+    """
+
+    table: Any
+    pool: KVPool
+    target_pool: KVPool
+    make_attention: Callable[[list[AttentionLayer], KVPool], AttentionBackend]
+    vocab_size: int
+    step_tokens: int
+    reads_probs: bool
 
 
 @dataclass(slots=True)
@@ -24,6 +94,8 @@ class DraftContext:
         Drafts that are worth proposing (the request's own limit less one).
     num_prompt_tokens : list[int]
         How many of the known tokens are prompt.
+    rows : list[int]
+        Each request's row in the request table.
     hidden_states : Tensor[B, H] or None
         Hidden state behind each request's last logits, for drafters that read the target; None
         after a prepared step, which keeps none.
@@ -33,6 +105,7 @@ class DraftContext:
     token_ids: list[np.ndarray]
     max_draft_tokens: list[int]
     num_prompt_tokens: list[int]
+    rows: list[int] = field(default_factory=list)
     hidden_states: torch.Tensor | None = None
 
     def take(self, indices: list[int]) -> DraftContext:
@@ -43,6 +116,7 @@ class DraftContext:
             token_ids=[self.token_ids[i] for i in indices],
             max_draft_tokens=[self.max_draft_tokens[i] for i in indices],
             num_prompt_tokens=[self.num_prompt_tokens[i] for i in indices],
+            rows=[self.rows[i] for i in indices] if self.rows else [],
             hidden_states=None if hidden is None else hidden[indices],
         )
 
@@ -75,6 +149,36 @@ class Drafter(Component):
     reads_hidden_states: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
     num_lookahead_tokens: int = 0
+    #: Slots behind a request's last known token that it writes KV to before the target does.
+    num_kv_lookahead: int = 0
+
+    # -- drafters with a model of their own ------------------------------------------------------
+
+    def load(self, host: DrafterHost) -> None:
+        """Load weights; called once, after the target's.
+
+        Raises
+        ------
+        WorkbenchError
+            They cannot be had, or do not fit the target; says what would.
+        """
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and tables of its own on the device."""
+        return 0
+
+    def kv_shape(self) -> KVShape | None:
+        """Layers of KV that it keeps beside the target's; None where it keeps none."""
+        return None
+
+    def bind(self, binding: DrafterBinding) -> None:
+        """Learn what it runs on, before the first step."""
+
+    def note_plan(self, plan: SchedulerOutput) -> None:
+        """See a step's plan before it runs: requests that start, and blocks that are given out."""
+
+    # -- drafting ----------------------------------------------------------------------------------
 
     @abstractmethod
     def propose(self, context: DraftContext) -> DraftTokens:

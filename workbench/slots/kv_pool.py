@@ -27,6 +27,14 @@ class KVShape:
         """Layers that keep KV."""
         return len(self.num_kv_heads)
 
+    def followed_by(self, other: KVShape | None) -> KVShape:
+        """These layers and those of ``other`` behind them, which is kept in this dtype too."""
+        if other is None:
+            return self
+        return KVShape(
+            self.num_kv_heads + other.num_kv_heads, self.head_dim + other.head_dim, self.dtype
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RopeInputs:

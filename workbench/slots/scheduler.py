@@ -51,6 +51,8 @@ class SchedulerParts:
     prefill: Prefill
     max_num_seqs: int
     max_model_len: int
+    #: Slots that a drafter writes behind a request's last known token.
+    num_kv_lookahead: int = 0
 
 
 class Scheduler(Component):
@@ -256,7 +258,7 @@ class Scheduler(Component):
             return
         num_drafts = max(0, num_tokens - outstanding)
         if num_drafts:
-            blocks = self.space.grow(request, computed + num_tokens)
+            blocks = self._ask(request, computed + num_tokens)
             if blocks is None:  # and before anybody is pre-empted
                 num_tokens, num_drafts = num_tokens - num_drafts, 0
             elif blocks:
@@ -267,7 +269,7 @@ class Scheduler(Component):
     def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
         """Get a running request room for ``num_tokens`` tokens, from the last of those that run
         where nothing is free; False where it had to give way itself."""
-        while (blocks := self.space.grow(request, num_tokens)) is None:
+        while (blocks := self._ask(request, num_tokens)) is None:
             victim = max(self.running.values(), key=self.waiting.place_of)
             self._preempt(plan, victim)
             if victim is request:
@@ -275,6 +277,16 @@ class Scheduler(Component):
         if blocks:
             plan.new_block_ids[request.request_id] = blocks
         return True
+
+    def _ask(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks added for ``num_tokens`` tokens, and where there is room for those too that a
+        drafter writes behind them; None for want of room."""
+        ahead = self.parts.num_kv_lookahead
+        if ahead:
+            most = min(num_tokens + ahead, request.max_total_tokens)
+            if most > num_tokens and (blocks := self.space.grow(request, most)) is not None:
+                return blocks
+        return self.space.grow(request, num_tokens)
 
     def _preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a running request's KV, and it out of the step if it is planned already."""

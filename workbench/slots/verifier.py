@@ -152,6 +152,8 @@ class Verifier(Component):
     losslessness: str = "exact"
     #: Whether drafts may be given to it.
     accepts_drafts: bool = True
+    #: Whether it tests drafts by what they were drawn from, ``DraftsToVerify.probs``.
+    reads_probs: bool = False
     #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest
     #: tokens, and the likeliest token after them. Then a prepared step may do so in its place.
     is_greedy_match: bool = False

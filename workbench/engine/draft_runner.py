@@ -1,0 +1,297 @@
+"""Runs a drafting model over the request table: what it has not seen, then token after token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+import kernels
+from workbench.core.step import ForwardBatch, SchedulerOutput
+from workbench.engine.request_table import RequestTable
+from workbench.engine.upload import upload
+from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.kv_pool import KVPool
+from workbench.slots.sampler import (
+    SamplingMetadata,
+    invert_cdf,
+    target_probs,
+    uniform_from_seed,
+)
+
+#: Makes of a request's seed that of drafts which are tested by what they were drawn from.
+_DRAFT_SALT = 0x2545F4914F6CDD1D
+
+
+class DraftingModel(Protocol):
+    """What is asked of a model that drafts."""
+
+    def forward(self, batch: ForwardBatch, context: ForwardContext) -> torch.Tensor:
+        """Hidden states ``[T, H]``."""
+        ...
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[L, V]`` from hidden states ``[L, H]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of a request that a drafting model runs: ``start <= position < end``, in a row of the
+    table."""
+
+    row: int
+    start: int
+    end: int
+
+
+class DraftRunner:
+    """A model, the layers of the pool that it writes, and an attention backend of its own."""
+
+    def __init__(
+        self,
+        model: DraftingModel,
+        table: RequestTable,
+        pool: KVPool,
+        attention: AttentionBackend,
+        vocab_size: int,
+    ) -> None:
+        self._model, self._table, self._pool = model, table, pool
+        self._attention = attention
+        self._vocab_size = vocab_size
+        self._arange = torch.arange(table.padding_row + 1, device=table.device)
+        #: Forward passes and their tokens.
+        self.num_passes = self.num_tokens = 0
+
+    def capacity(self, row: int) -> int:
+        """Tokens that a row's blocks hold."""
+        return self._table.num_blocks[row] * self._pool.block_size
+
+    def run(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Run known tokens; logits ``[B, V]`` after the last of each span, in float or the model's
+        dtype."""
+        batch = self._batch(spans)
+        return self._logits(self._forward(batch), batch.logits_indices)
+
+    def draft(
+        self,
+        spans: Sequence[Span],
+        num_drafts: int,
+        draw: Callable[[torch.Tensor, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run known tokens up to each request's last, and draft ``num_drafts`` tokens after them.
+
+        Parameters
+        ----------
+        draw
+            Tokens ``[B]`` int64 from logits ``[B, V]``, for the given place in the drafts.
+
+        Returns
+        -------
+        Tensor [B, num_drafts] int64
+            On the device. Behind the end of a request's blocks they mean nothing.
+        """
+        drawn = draw(self.run(spans), 0)
+        drafts = [drawn]
+        if num_drafts > 1:
+            batch, limits = self._single_tokens(spans)
+            for place in range(1, num_drafts):
+                self._move_on(batch, limits, drawn)
+                drawn = draw(self._logits(self._forward(batch), None), place)
+                drafts.append(drawn)
+        return torch.stack(drafts, dim=1)
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        self.num_passes += 1
+        self.num_tokens += batch.num_tokens
+        metadata = self._attention.build_metadata(batch)
+        return self._model.forward(
+            batch, ForwardContext(batch, self._attention, metadata, self._pool)
+        )
+
+    def _logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """Over the target's vocabulary, whatever the model pads its own to."""
+        selected = hidden if index is None else hidden[index]
+        logits = self._model.compute_logits(selected)
+        width = logits.shape[1]
+        if width < self._vocab_size:
+            logits = torch.nn.functional.pad(
+                logits, (0, self._vocab_size - width), value=-torch.inf
+            )
+        return logits[:, : self._vocab_size]
+
+    def _batch(self, spans: Sequence[Span]) -> ForwardBatch:
+        table, device = self._table, self._table.device
+        rows_host = [span.row for span in spans]
+        lengths = [span.end - span.start for span in spans]
+        packed = upload([rows_host, [span.start for span in spans], lengths], device)
+        rows, starts, lens = packed[0], packed[1], packed[2]
+        size, num_tokens = len(spans), sum(lengths)
+        ends = torch.cumsum(lens, 0)
+        first = torch.cat([ends.new_zeros(1), ends])
+        owner = torch.repeat_interleave(self._first(size), lens, output_size=num_tokens)
+        positions = starts[owner] + self._first(num_tokens) - first[owner]
+        blocks = table.block_table[rows]
+        return ForwardBatch(
+            input_ids=table.token_ids[rows[owner], positions].long(),
+            positions=positions,
+            query_start_loc=first.to(torch.int32),
+            seq_lens=(starts + lens).to(torch.int32),
+            block_table=blocks,
+            slot_mapping=self._slots(blocks, owner, positions),
+            logits_indices=ends - 1,
+            rows=rows,
+            query_lens_host=lengths,
+            seq_lens_host=[span.end for span in spans],
+            block_size=self._pool.block_size,
+            host_rows=(table.host_block_table, rows_host),
+        )
+
+    def _single_tokens(self, spans: Sequence[Span]) -> tuple[ForwardBatch, torch.Tensor]:
+        """A batch of each request's last known token, to be moved on; and how many tokens their
+        blocks hold, ``[B]``."""
+        table, size = self._table, len(spans)
+        rows_host = [span.row for span in spans]
+        ends_host = [span.end for span in spans]
+        packed = upload(
+            [rows_host, ends_host, [self.capacity(row) for row in rows_host]], self._device
+        )
+        rows, ends, limits = packed[0], packed[1], packed[2]
+        batch = ForwardBatch(
+            input_ids=rows,  # until it is moved on
+            positions=ends - 1,
+            query_start_loc=self._first(size + 1).to(torch.int32),
+            seq_lens=ends.to(torch.int32),
+            block_table=table.block_table[rows],
+            slot_mapping=rows,
+            logits_indices=self._first(size),
+            rows=rows,
+            query_lens_host=[1] * size,
+            seq_lens_host=ends_host,
+            block_size=self._pool.block_size,
+            host_rows=(table.host_block_table, rows_host),
+        )
+        return batch, limits
+
+    def _move_on(self, batch: ForwardBatch, limits: torch.Tensor, drawn: torch.Tensor) -> None:
+        """The next token of each request, ``drawn[B]``. Where its blocks end it goes to the trash
+        block, since nobody will look at its drafts."""
+        positions = batch.positions + 1
+        inside = positions < limits
+        batch.positions = torch.minimum(positions, limits - 1)
+        batch.input_ids = drawn
+        slots = self._slots(batch.block_table, batch.logits_indices, batch.positions)
+        batch.slot_mapping = torch.where(inside, slots, self._pool.num_blocks * batch.block_size)
+        batch.seq_lens = (batch.positions + 1).to(torch.int32)
+        batch.seq_lens_host = [
+            min(length + 1, self.capacity(row))
+            for length, row in zip(batch.seq_lens_host, self._rows_of(batch), strict=True)
+        ]
+
+    @staticmethod
+    def _rows_of(batch: ForwardBatch) -> list[int]:
+        assert batch.host_rows is not None
+        return batch.host_rows[1]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._table.device
+
+    def _slots(
+        self, blocks: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        size = self._pool.block_size
+        block = blocks[owner, torch.div(positions, size, rounding_mode="floor")]
+        return block.long() * size + positions % size
+
+    def _first(self, count: int) -> torch.Tensor:
+        """``0 .. count - 1`` on the device; not to be written."""
+        if count > len(self._arange):
+            self._arange = torch.arange(2 * count, device=self._device)
+        return self._arange[:count]
+
+
+class FilledBlocks:
+    """How far each block of the pool holds a drafting model's KV for what is in it now.
+
+    The target's own progress says nothing of it: a drafting model may not have been asked about a
+    request, and its last tokens it never sees.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._filled = np.zeros(num_blocks + 1, np.int64)  # leading slots, by block
+        self._block_size = block_size
+
+    def note_plan(self, plan: SchedulerOutput) -> None:
+        """Blocks that are given out hold something else from now on."""
+        for new in plan.new_requests:
+            shared = new.num_computed_tokens // self._block_size
+            self._filled[new.block_ids[shared:]] = 0
+        for blocks in plan.new_block_ids.values():
+            self._filled[blocks] = 0
+        if plan.copies_in:
+            self._filled[[block for _, block in plan.copies_in]] = 0
+
+    def length(self, blocks: np.ndarray, end: int) -> int:
+        """Of a request's tokens before ``end``, how many at the front are filled."""
+        needed = -(-end // self._block_size)
+        filled = self._filled[blocks[:needed]]
+        short = np.flatnonzero(filled < self._block_size)
+        if not len(short):
+            return end
+        first = int(short[0])
+        return min(end, first * self._block_size + int(filled[first]))
+
+    def fill(self, blocks: np.ndarray, start: int, end: int) -> None:
+        """Tokens ``start <= position < end`` were run, and all before them."""
+        size = self._block_size
+        first, last = start // size, -(-end // size)
+        ends = np.minimum(size, end - np.arange(first, last) * size)
+        self._filled[blocks[first:last]] = ends
+
+
+class DraftDraws:
+    """Draws drafts as each request draws: greedily, or at its temperature and truncation.
+
+    Parameters
+    ----------
+    tests_probs
+        Whether the drafts are tested by what they were drawn from. Then they are drawn by numbers
+        of their own; else by those that the target's draws are made by, so that two distributions
+        that are alike draw the same token.
+    """
+
+    def __init__(
+        self, table: RequestTable, rows: Sequence[int], ends: Sequence[int], tests_probs: bool
+    ) -> None:
+        params = [table.params[row] for row in rows]
+        self._params = [p for p in params if p is not None]
+        self.all_greedy = all(p.is_greedy for p in self._params)
+        self._tests_probs = tests_probs
+        self._probs: list[torch.Tensor] = []
+        if not self.all_greedy:
+            index, self._ends = upload([list(rows), list(ends)], table.device)
+            self._seeds = table.seeds[index]
+            self._used_seeds = self._seeds
+            if tests_probs:
+                salt = torch.full_like(self._seeds, _DRAFT_SALT)
+                self._used_seeds = (uniform_from_seed(self._seeds, salt) * 2.0**53).long()
+
+    def draw(self, logits: torch.Tensor, place: int) -> torch.Tensor:
+        """Tokens ``[B]`` int64 from logits ``[B, V]``, for a place in the drafts."""
+        if self.all_greedy:
+            return kernels.argmax(logits)
+        positions = self._ends + place
+        metadata = SamplingMetadata(self._params, positions, self._seeds, all_greedy=False)
+        probs = target_probs(logits, metadata)
+        if self._tests_probs:
+            probs = probs / probs.sum(-1, keepdim=True)
+            self._probs.append(probs)
+        return invert_cdf(probs, uniform_from_seed(self._used_seeds, positions))
+
+    def probs(self) -> torch.Tensor | None:
+        """What the drafts were drawn from, ``[B, K, V]`` float32; None where nobody asks."""
+        return torch.stack(self._probs, dim=1) if self._probs else None

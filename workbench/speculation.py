@@ -1,0 +1,157 @@
+"""Assembles what speculates: drafter, verifier, draft length, and a drafter's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.components import Builder
+from workbench.core.errors import ConfigError, UnsupportedError
+from workbench.engine.pool_layers import PoolLayers
+from workbench.engine.request_table import RequestTable
+from workbench.models.decoder import Decoder
+from workbench.models.loader import load_model
+from workbench.slots.attention import AttentionBackend, AttentionLayer
+from workbench.slots.drafter import Drafter, DrafterBinding, DrafterHost
+from workbench.slots.kv_pool import KVPool
+from workbench.slots.verifier import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """The components of speculation."""
+
+    drafter: Drafter
+    verifier: Verifier
+
+
+def build_speculation(builder: Builder) -> Speculation:
+    """Drafter, verifier and draft length, which fit each other and the loop.
+
+    Raises
+    ------
+    ConfigError
+        They do not.
+    """
+    drafter, verifier = builder.build("drafter"), builder.build("verifier")
+    loop = builder.cls("loop")
+    if drafter.num_lookahead_tokens and loop.plans_ahead:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} has to see a step's tokens before the next one is "
+            f"planned, and loop {loop.__name__} plans it before. Choose engine/loop=sync, or "
+            "engine/drafter=none."
+        )
+    if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} proposes drafts, but verifier "
+            f"{type(verifier).__name__} takes none. Choose a verifier with engine/verifier=..."
+        )
+    if drafter.num_lookahead_tokens:
+        verifier.pair_with(drafter)
+    builder.build("draft_length", num_lookahead_tokens=drafter.num_lookahead_tokens)
+    return Speculation(drafter, verifier)
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSource:
+    """Where a drafter's weights come from, as of :class:`DrafterHost`."""
+
+    target_folder: Path | None
+    weights: str
+    seed: int
+    models_dir: str | None
+    max_model_len: int
+
+
+def load_drafter(
+    builder: Builder, target: Decoder, source: DrafterSource, *, expected_tokens: int
+) -> None:
+    """Load what the drafter has of weights; a model of its own as the target was loaded.
+
+    Raises
+    ------
+    WorkbenchError
+        They are missing or do not fit the target.
+    """
+
+    def load_decoder(config: Any) -> Decoder:
+        return load_model(
+            config,
+            linear=builder.make("linear"),
+            ops=builder.make("ops"),
+            dtype=target.dtype,
+            device=target.device,
+            weights=source.weights,
+            seed=source.seed,
+            expected_tokens=expected_tokens,
+        )
+
+    _drafter(builder).load(
+        DrafterHost(
+            target=target,
+            target_folder=source.target_folder,
+            device=target.device,
+            dtype=target.dtype,
+            weights=source.weights,
+            seed=source.seed,
+            max_model_len=source.max_model_len,
+            models_dir=source.models_dir,
+            load_decoder=load_decoder,
+        )
+    )
+
+
+def bind_drafter(
+    builder: Builder,
+    table: RequestTable,
+    pool: KVPool,
+    num_target_layers: int,
+    step_tokens: int,
+    vocab_size: int,
+) -> None:
+    """Tell the drafter the table and the pool that it runs on.
+
+    Parameters
+    ----------
+    pool
+        The target's layers, then the drafter's.
+    """
+    drafter, verifier = _drafter(builder), builder.built["verifier"]
+    assert isinstance(verifier, Verifier)
+    num_own = pool.shape.num_layers - num_target_layers
+    drafter.bind(
+        DrafterBinding(
+            table=table,
+            pool=PoolLayers(pool, num_target_layers, num_own),
+            target_pool=pool,
+            make_attention=_attention_maker(builder),
+            step_tokens=step_tokens,
+            reads_probs=verifier.reads_probs,
+            vocab_size=vocab_size,
+        )
+    )
+
+
+def _drafter(builder: Builder) -> Drafter:
+    drafter = builder.built["drafter"]
+    assert isinstance(drafter, Drafter)
+    return drafter
+
+
+def _attention_maker(
+    builder: Builder,
+) -> Callable[[list[AttentionLayer], KVPool], AttentionBackend]:
+    def make(layers: list[AttentionLayer], pool: KVPool) -> AttentionBackend:
+        attention: AttentionBackend = builder.make("attention")
+        reasons = attention.unsupported_reasons(layers, pool)
+        if reasons:
+            raise UnsupportedError(
+                f"attention {type(attention).__name__} cannot serve the drafter's model: "
+                + "; ".join(reasons)
+                + "."
+            )
+        return attention
+
+    return make
