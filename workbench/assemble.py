@@ -326,13 +326,12 @@ def _make_runner(
         num_block_columns=-(-max_model_len // pool.block_size),
         device=platform.device,
     )
-    step_tokens = _step_tokens(builder, limits, max_model_len)
-    spec = decoder.spec
-    bind_drafter(builder, table, pool, spec.num_layers, step_tokens, spec.vocab_size)
     driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
     step_parts = StepParts(
         decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
     )
+    step_tokens = _step_tokens(builder, limits, max_model_len)
+    bind_drafter(builder, step_parts, decoder.spec, step_tokens)
     steps = make_steps(
         step_parts,
         graph_runner,

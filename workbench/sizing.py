@@ -249,6 +249,7 @@ def predict(
         "request_table": parts.table.num_bytes,
         "decode_step": 0 if parts.decode_step is None else parts.decode_step.num_bytes,
         "verify_step": 0 if parts.verify_step is None else parts.verify_step.num_bytes,
+        "draft_step": sum(step.num_bytes for step in parts.drafter.prepared_steps()),
         "mixed_step": 0 if parts.mixed_step is None else parts.mixed_step.num_bytes,
     }
     if profile is None:

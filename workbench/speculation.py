@@ -10,11 +10,13 @@ from typing import Any
 from workbench.components import Builder
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.engine.pool_layers import PoolLayers
-from workbench.engine.request_table import RequestTable
+from workbench.engine.prepared_step import StepParts
 from workbench.models.decoder import Decoder
 from workbench.models.loader import load_model
+from workbench.models.spec import ModelSpec
 from workbench.slots.attention import AttentionBackend, AttentionLayer
 from workbench.slots.drafter import Drafter, DrafterBinding, DrafterHost
+from workbench.slots.graph_runner import GraphRunner
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.verifier import Verifier
 
@@ -105,31 +107,34 @@ def load_drafter(
 
 def bind_drafter(
     builder: Builder,
-    table: RequestTable,
-    pool: KVPool,
-    num_target_layers: int,
+    parts: StepParts,
+    spec: ModelSpec,
     step_tokens: int,
-    vocab_size: int,
 ) -> None:
-    """Tell the drafter the table and the pool that it runs on.
+    """Tell the drafter what it runs on.
 
     Parameters
     ----------
-    pool
-        The target's layers, then the drafter's.
+    parts
+        Of the target's steps; its pool holds the target's layers, then the drafter's.
+    spec
+        Of the target.
     """
     drafter, verifier = _drafter(builder), builder.built["verifier"]
-    assert isinstance(verifier, Verifier)
-    num_own = pool.shape.num_layers - num_target_layers
+    graph_runner = builder.built["graph_runner"]
+    assert isinstance(verifier, Verifier) and isinstance(graph_runner, GraphRunner)
+    pool, first = parts.pool, spec.num_layers
     drafter.bind(
         DrafterBinding(
-            table=table,
-            pool=PoolLayers(pool, num_target_layers, num_own),
+            table=parts.table,
+            pool=PoolLayers(pool, first, pool.shape.num_layers - first),
             target_pool=pool,
             make_attention=_attention_maker(builder),
             step_tokens=step_tokens,
             reads_probs=verifier.reads_probs,
-            vocab_size=vocab_size,
+            vocab_size=spec.vocab_size,
+            graph_runner=graph_runner,
+            step_parts=parts,
         )
     )
 

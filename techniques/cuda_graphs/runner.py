@@ -14,7 +14,7 @@ import torch
 from kernels.triton import compiled_together
 from workbench.core.errors import ConfigError
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, CudaGraphSupport
-from workbench.slots.graph_runner import DECODE, MIXED, VERIFY, GraphRunner, PreparedStep
+from workbench.slots.graph_runner import DECODE, DRAFT, MIXED, VERIFY, GraphRunner, PreparedStep
 from workbench.slots.platform import Platform
 
 #: Sizes beside the largest of each kind by which the memory of all is estimated.
@@ -137,7 +137,7 @@ class CudaGraphRunner(GraphRunner):
             few = (1 << i for i in range(step.max_size.bit_length()))
             sizes_between = [s for s in few if _LEAST_MIXED <= s < step.max_size]
             return {PLAIN_FORM: [*sizes_between, step.max_size]}
-        if step.kind == VERIFY:
+        if step.kind in (VERIFY, DRAFT):
             return {PLAIN_FORM: capture_sizes(step.max_size, config.verify_granularity)}
         largest = min(config.max_size or step.max_size, step.max_size)
         sizes = {PLAIN_FORM: capture_sizes(largest, config.granularity)}
@@ -239,7 +239,7 @@ class CudaGraphRunner(GraphRunner):
         self._replays[key] += 1
 
     def counters(self) -> dict[str, float]:
-        by_kind = dict.fromkeys((DECODE, VERIFY, MIXED), 0)
+        by_kind = dict.fromkeys((DECODE, VERIFY, MIXED, DRAFT), 0)
         for key, replays in self._replays.items():
             by_kind[key.kind] += replays
         return {
@@ -248,6 +248,7 @@ class CudaGraphRunner(GraphRunner):
             "decode_replays": by_kind[DECODE],
             "verify_replays": by_kind[VERIFY],
             "mixed_replays": by_kind[MIXED],
+            "draft_replays": by_kind[DRAFT],
         }
 
     def reset_counters(self) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from workbench.core.errors import ConfigError
 from workbench.core.step import SchedulerOutput
 from workbench.engine.draft_runner import DraftRunner, FilledBlocks, Span
@@ -44,6 +46,7 @@ class DraftModel(ModelDrafter):
 
     Config = DraftModelConfig
     config: DraftModelConfig
+    most_missing = 2  # where all drafts held, the last of them and the token after it
 
     def __init__(self, config: DraftModelConfig) -> None:
         super().__init__(config)
@@ -53,6 +56,8 @@ class DraftModel(ModelDrafter):
                 "target's vocabulary: a folder, a catalogue name or a Hub id."
             )
         self._model: Decoder | None = None
+        #: By request, how many tokens it knew, and the drafts after them that were run.
+        self._drafted: dict[str, tuple[int, list[int]]] = {}
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -93,11 +98,24 @@ class DraftModel(ModelDrafter):
     def note_plan(self, plan: SchedulerOutput) -> None:
         self._filled.note_plan(plan)
 
-    def num_run(self, row: int, num_known: int) -> int:
-        return self._filled.length(blocks_of(self._binding, row), num_known - 1)
+    def num_run(self, request_id: str, row: int, known: np.ndarray) -> int:
+        most = len(known) - 1
+        count = self._filled.length(blocks_of(self._binding, row), most)
+        end, drafts = self._drafted.get(request_id, (0, []))
+        if count == end:  # and drafts that came true
+            for token in drafts:
+                if count >= most or token != known[count]:
+                    break
+                count += 1
+        return count
 
-    def note_run(self, span: Span) -> None:
-        self._filled.fill(blocks_of(self._binding, span.row), span.start, span.end)
+    def note_run(self, request_id: str, span: Span, drafts: list[int]) -> None:
+        blocks = blocks_of(self._binding, span.row)
+        self._filled.fill(blocks, self._filled.length(blocks, span.start), span.end)
+        self._drafted[request_id] = (span.end, drafts[:-1])
+
+    def finish(self, request_id: str) -> None:
+        self._drafted.pop(request_id, None)
 
 
 def _check_vocabulary(source: ModelSource, model: Decoder, host: DrafterHost) -> None:

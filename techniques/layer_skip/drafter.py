@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import numpy as np
+
 from workbench.core.errors import ConfigError
 from workbench.engine.draft_runner import DraftRunner, Span
 from workbench.engine.model_drafter import ModelDrafter, ModelDrafterConfig
@@ -64,7 +66,7 @@ class LayerSkip(ModelDrafter):
             model, binding.table, pool, binding.make_attention(layers, pool), binding.vocab_size
         )
 
-    def num_run(self, row: int, num_known: int) -> int:
-        return num_known - 1
+    def num_run(self, request_id: str, row: int, known: np.ndarray) -> int:
+        return len(known) - 1
 
-    def note_run(self, span: Span) -> None: ...
+    def note_run(self, request_id: str, span: Span, drafts: list[int]) -> None: ...

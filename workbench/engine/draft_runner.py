@@ -13,7 +13,7 @@ import kernels
 from workbench.core.step import ForwardBatch, SchedulerOutput
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import upload
-from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import (
     SamplingMetadata,
@@ -59,8 +59,8 @@ class DraftRunner:
         attention: AttentionBackend,
         vocab_size: int,
     ) -> None:
-        self._model, self._table, self._pool = model, table, pool
-        self._attention = attention
+        self._model, self._table = model, table
+        self.pool, self.attention = pool, attention
         self._vocab_size = vocab_size
         self._arange = torch.arange(table.padding_row + 1, device=table.device)
         #: Forward passes and their tokens.
@@ -68,13 +68,13 @@ class DraftRunner:
 
     def capacity(self, row: int) -> int:
         """Tokens that a row's blocks hold."""
-        return self._table.num_blocks[row] * self._pool.block_size
+        return self._table.num_blocks[row] * self.pool.block_size
 
     def run(self, spans: Sequence[Span]) -> torch.Tensor:
         """Run known tokens; logits ``[B, V]`` after the last of each span, in float or the model's
         dtype."""
         batch = self._batch(spans)
-        return self._logits(self._forward(batch), batch.logits_indices)
+        return self.logits(self._forward(batch), batch.logits_indices)
 
     def draft(
         self,
@@ -97,23 +97,36 @@ class DraftRunner:
         drawn = draw(self.run(spans), 0)
         drafts = [drawn]
         if num_drafts > 1:
-            batch, limits = self._single_tokens(spans)
+            limits_host = [self.capacity(span.row) for span in spans]
+            batch, limits = self._single_tokens(spans, limits_host)
             for place in range(1, num_drafts):
-                self._move_on(batch, limits, drawn)
-                drawn = draw(self._logits(self._forward(batch), None), place)
+                self.move_on(batch, limits, drawn)
+                batch.seq_lens_host = [
+                    min(length + 1, limit)
+                    for length, limit in zip(batch.seq_lens_host, limits_host, strict=True)
+                ]
+                drawn = draw(self.logits(self._forward(batch), None), place)
                 drafts.append(drawn)
         return torch.stack(drafts, dim=1)
+
+    def forward_prepared(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states ``[T, H]`` of a batch of which only what lies on the device is true."""
+        metadata = self.attention.prepared_metadata(batch, PLAIN_FORM)
+        return self._model.forward(
+            batch, ForwardContext(batch, self.attention, metadata, self.pool)
+        )
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         self.num_passes += 1
         self.num_tokens += batch.num_tokens
-        metadata = self._attention.build_metadata(batch)
+        metadata = self.attention.build_metadata(batch)
         return self._model.forward(
-            batch, ForwardContext(batch, self._attention, metadata, self._pool)
+            batch, ForwardContext(batch, self.attention, metadata, self.pool)
         )
 
-    def _logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        """Over the target's vocabulary, whatever the model pads its own to."""
+    def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """Logits ``[L, V]`` behind these tokens, by default all, over the target's vocabulary,
+        whatever the model pads its own to."""
         selected = hidden if index is None else hidden[index]
         logits = self._model.compute_logits(selected)
         width = logits.shape[1]
@@ -146,11 +159,13 @@ class DraftRunner:
             rows=rows,
             query_lens_host=lengths,
             seq_lens_host=[span.end for span in spans],
-            block_size=self._pool.block_size,
+            block_size=self.pool.block_size,
             host_rows=(table.host_block_table, rows_host),
         )
 
-    def _single_tokens(self, spans: Sequence[Span]) -> tuple[ForwardBatch, torch.Tensor]:
+    def _single_tokens(
+        self, spans: Sequence[Span], capacities: list[int]
+    ) -> tuple[ForwardBatch, torch.Tensor]:
         """A batch of each request's last known token, to be moved on; and how many tokens their
         blocks hold, ``[B]``."""
         table, size = self._table, len(spans)
@@ -171,30 +186,21 @@ class DraftRunner:
             rows=rows,
             query_lens_host=[1] * size,
             seq_lens_host=ends_host,
-            block_size=self._pool.block_size,
+            block_size=self.pool.block_size,
             host_rows=(table.host_block_table, rows_host),
         )
         return batch, limits
 
-    def _move_on(self, batch: ForwardBatch, limits: torch.Tensor, drawn: torch.Tensor) -> None:
-        """The next token of each request, ``drawn[B]``. Where its blocks end it goes to the trash
-        block, since nobody will look at its drafts."""
+    def move_on(self, batch: ForwardBatch, limits: torch.Tensor, drawn: torch.Tensor) -> None:
+        """The next token of each request, ``drawn[B]``, on the device. From ``limits[B]`` on, where
+        its blocks end, it goes to the trash block, since nobody will look at its drafts."""
         positions = batch.positions + 1
         inside = positions < limits
         batch.positions = torch.minimum(positions, limits - 1)
         batch.input_ids = drawn
         slots = self._slots(batch.block_table, batch.logits_indices, batch.positions)
-        batch.slot_mapping = torch.where(inside, slots, self._pool.num_blocks * batch.block_size)
+        batch.slot_mapping = torch.where(inside, slots, self.pool.num_blocks * batch.block_size)
         batch.seq_lens = (batch.positions + 1).to(torch.int32)
-        batch.seq_lens_host = [
-            min(length + 1, self.capacity(row))
-            for length, row in zip(batch.seq_lens_host, self._rows_of(batch), strict=True)
-        ]
-
-    @staticmethod
-    def _rows_of(batch: ForwardBatch) -> list[int]:
-        assert batch.host_rows is not None
-        return batch.host_rows[1]
 
     @property
     def _device(self) -> torch.device:
@@ -203,7 +209,7 @@ class DraftRunner:
     def _slots(
         self, blocks: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        size = self._pool.block_size
+        size = self.pool.block_size
         block = blocks[owner, torch.div(positions, size, rounding_mode="floor")]
         return block.long() * size + positions % size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from workbench.core.errors import ConfigError
 from workbench.engine.draft_runner import DraftDraws, DraftRunner, Span
+from workbench.engine.draft_step import DraftStep
 from workbench.slots.drafter import DraftContext, Drafter, DrafterBinding, DraftTokens
+from workbench.slots.graph_runner import DRAFT, PreparedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class ModelDrafter(Drafter):
             )
         self.num_lookahead_tokens = self.num_kv_lookahead = config.num_draft_tokens
         self._runner: DraftRunner | None = None
+        self._step: DraftStep | None = None
         self._passes_before = self._tokens_before = 0
         self.reset_counters()
 
@@ -52,38 +56,100 @@ class ModelDrafter(Drafter):
         """What runs the model."""
         raise NotImplementedError
 
-    def num_run(self, row: int, num_known: int) -> int:
-        """Of a row's known tokens, how many the model has run; all but one at most."""
+    def num_run(self, request_id: str, row: int, known: np.ndarray) -> int:
+        """Of a request's known tokens, how many the model has run; all but one at most."""
         raise NotImplementedError
 
-    def note_run(self, span: Span) -> None:
-        """Known tokens were run."""
+    def note_run(self, request_id: str, span: Span, drafts: list[int]) -> None:
+        """Known tokens were run, and all but the last of these drafts after them."""
 
     #: Positions that the model has.
     max_positions: int
+    #: Most known tokens of a request that it has not run, if it drafted for it in the last step.
+    most_missing: int = 1
 
     # -- the drafter -------------------------------------------------------------------------------
 
     def bind(self, binding: DrafterBinding) -> None:
         self._binding = binding
         self._runner = self.make_runner(binding)
+        self._step = self._prepare(binding, self._runner)
         self._passes_before = self._tokens_before = 0
 
+    def _prepare(self, binding: DrafterBinding, runner: DraftRunner) -> DraftStep | None:
+        """The step that drafts from the device's state alone, where the graph runner takes one."""
+        if not binding.graph_runner.prepares:
+            return None
+        each = self.most_missing
+        most = binding.graph_runner.largest_verify(runner.attention, each)
+        size = min(most, binding.table.padding_row)
+        if not size:
+            return None
+        parts = dataclasses.replace(
+            binding.step_parts, pool=runner.pool, attention=runner.attention, components={}
+        )
+        return DraftStep(parts, runner, size, each, self.config.num_draft_tokens)
+
+    def prepared_steps(self) -> list[PreparedStep]:
+        return [] if self._step is None else [self._step]
+
     def propose(self, context: DraftContext) -> DraftTokens:
-        runner, binding = self._runner, self._binding
+        runner = self._runner
         assert runner is not None, "a drafter is bound before it drafts"
-        drafts: list[list[int]] = [[] for _ in context.rows]
         limits = [
             min(limit, self.config.num_draft_tokens, self._room(runner, row, len(known)))
             for row, known, limit in zip(
                 context.rows, context.token_ids, context.max_draft_tokens, strict=True
             )
         ]
+        drafts = self._propose_prepared(context, limits, runner)
+        if drafts is None:
+            drafts = self._propose_eager(context, limits, runner)
+        self._drafted_tokens += sum(map(len, drafts.token_ids))
+        return drafts
+
+    def _propose_prepared(
+        self, context: DraftContext, limits: list[int], runner: DraftRunner
+    ) -> DraftTokens | None:
+        """Drafts of the prepared step; None where there is none for this batch."""
+        step, runs = self._step, self._binding.graph_runner
+        wanted = [i for i, limit in enumerate(limits) if limit > 0]
+        if step is None or not wanted:
+            return None
+        size = runs.dispatch(DRAFT, len(wanted))
+        table, rows = self._binding.table, [context.rows[i] for i in wanted]
+        if size is None or not all(table.params[row].is_greedy for row in rows):
+            return None
+        spans = []
+        for i, row in zip(wanted, rows, strict=True):
+            known = len(context.token_ids[i])
+            start = self.num_run(context.request_ids[i], row, context.token_ids[i])
+            if known < step.tokens_each or known - start > step.tokens_each:
+                return None
+            spans.append(Span(row, start, known))
+        room = [min(runner.capacity(row), self.max_positions) for row in rows]
+        step.fill(rows, room, size)
+        runs.run(DRAFT, size)
+        tokens = step.drafts[: len(rows)].tolist()
+        drafts: list[list[int]] = [[] for _ in limits]
+        for i, span, found in zip(wanted, spans, tokens, strict=True):
+            drafts[i] = found[: limits[i]]
+            self.note_run(context.request_ids[i], span, drafts[i])
+        passes = self.config.num_draft_tokens
+        runner.num_passes += passes
+        runner.num_tokens += len(rows) * (step.tokens_each + passes - 1)
+        return DraftTokens(drafts)
+
+    def _propose_eager(
+        self, context: DraftContext, limits: list[int], runner: DraftRunner
+    ) -> DraftTokens:
+        binding = self._binding
+        drafts: list[list[int]] = [[] for _ in limits]
         ready, behind = self._spans(context, limits)
         if behind:
-            runner.run(behind)
-            for span in behind:
-                self.note_run(span)
+            runner.run([span for _, span in behind])
+            for i, span in behind:
+                self.note_run(context.request_ids[i], span, [])
         probs: list[torch.Tensor | None] | None = None
         if ready:
             spans = [span for _, span in ready]
@@ -99,11 +165,10 @@ class ModelDrafter(Drafter):
             if found is not None:
                 probs = [None] * len(drafts)
             for k, (i, span) in enumerate(ready):
-                self.note_run(span)
                 drafts[i] = tokens[k][: limits[i]]
+                self.note_run(context.request_ids[i], span, drafts[i])
                 if probs is not None and found is not None:
                     probs[i] = found[k]
-        self._drafted_tokens += sum(map(len, drafts))
         return DraftTokens(drafts, probs)
 
     def _room(self, runner: DraftRunner, row: int, num_known: int) -> int:
@@ -112,21 +177,21 @@ class ModelDrafter(Drafter):
 
     def _spans(
         self, context: DraftContext, limits: list[int]
-    ) -> tuple[list[tuple[int, Span]], list[Span]]:
-        """What to run of each request: up to its last token, by index; and of those for which one
+    ) -> tuple[list[tuple[int, Span]], list[tuple[int, Span]]]:
+        """What to run of each request, by index: up to its last token; and of those for which one
         step is too little, a first part."""
         budget = self._binding.step_tokens
         ready: list[tuple[int, Span]] = []
-        behind: list[Span] = []
+        behind: list[tuple[int, Span]] = []
         for i, (row, known) in enumerate(zip(context.rows, context.token_ids, strict=True)):
             if limits[i] < 1 or budget < 1:
                 continue
-            start, end = self.num_run(row, len(known)), len(known)
+            start, end = self.num_run(context.request_ids[i], row, known), len(known)
             if end - start <= budget:
                 ready.append((i, Span(row, start, end)))
                 budget -= end - start
             else:
-                behind.append(Span(row, start, start + budget))
+                behind.append((i, Span(row, start, start + budget)))
                 budget = 0
         return ready, behind
 

@@ -18,7 +18,7 @@ from workbench.engine.decode_step import DecodeStep
 from workbench.engine.drafting import Drafting, ProposedProbs
 from workbench.engine.host_pool import HostPool
 from workbench.engine.mixed_step import MixedStep
-from workbench.engine.prepared_step import PreparedRun, PreparedStep
+from workbench.engine.prepared_step import PreparedRun
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
@@ -26,7 +26,7 @@ from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import AttentionBackend, ForwardContext
 from workbench.slots.draft_length import DraftLength
 from workbench.slots.drafter import DraftContext, Drafter
-from workbench.slots.graph_runner import GraphRunner
+from workbench.slots.graph_runner import GraphRunner, PreparedStep
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import Sampler, SamplingMetadata
 from workbench.slots.verifier import Accepted, DraftsToVerify, Verifier
@@ -68,7 +68,7 @@ class RunnerParts:
     def prepared_steps(self) -> list[PreparedStep]:
         """Those that the graph runner prepares."""
         steps = (self.decode_step, self.verify_step, self.mixed_step)
-        return [step for step in steps if step is not None]
+        return [step for step in steps if step is not None] + self.drafter.prepared_steps()
 
 
 class ModelRunner:

@@ -14,6 +14,7 @@ import torch
 from workbench.core.step import SchedulerOutput
 from workbench.slots.attention import AttentionBackend, AttentionLayer
 from workbench.slots.component import Component
+from workbench.slots.graph_runner import GraphRunner, PreparedStep
 from workbench.slots.kv_pool import KVPool, KVShape
 
 
@@ -65,12 +66,16 @@ class DrafterBinding:
     make_attention
         Makes an attention backend of the engine's kind for layers over a pool, or says why it
         cannot serve them.
-    vocab_size
-        Of the target.
     step_tokens
         Most tokens of one step.
     reads_probs
         Whether the verifier tests drafts by what they were drawn from.
+    vocab_size
+        Of the target.
+    graph_runner
+        May run what the drafter prepares.
+    step_parts : workbench.engine.prepared_step.StepParts
+        What the target's prepared steps drive.
     """
 
     table: Any
@@ -78,6 +83,8 @@ class DrafterBinding:
     target_pool: KVPool
     make_attention: Callable[[list[AttentionLayer], KVPool], AttentionBackend]
     vocab_size: int
+    graph_runner: GraphRunner
+    step_parts: Any
     step_tokens: int
     reads_probs: bool
 
@@ -174,6 +181,11 @@ class Drafter(Component):
 
     def bind(self, binding: DrafterBinding) -> None:
         """Learn what it runs on, before the first step."""
+
+    def prepared_steps(self) -> list[PreparedStep]:
+        """Steps of kind :data:`~workbench.slots.graph_runner.DRAFT` for the graph runner to
+        prepare, once it is bound; at most one."""
+        return []
 
     def note_plan(self, plan: SchedulerOutput) -> None:
         """See a step's plan before it runs: requests that start, and blocks that are given out."""

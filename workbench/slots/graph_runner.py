@@ -11,8 +11,9 @@ from workbench.slots.component import Component
 from workbench.slots.platform import Platform
 
 #: Kinds of prepared steps: every request runs its last token; every request runs its last token
-#: and its drafts, padded to as many as there may be; requests run any numbers of tokens.
-DECODE, VERIFY, MIXED = "decode", "verify", "mixed"
+#: and its drafts, padded to as many as there may be; requests run any numbers of tokens; a model of
+#: the drafter's own drafts for every request.
+DECODE, VERIFY, MIXED, DRAFT = "decode", "verify", "mixed", "draft"
 
 
 class PreparedStep(Protocol):
@@ -24,7 +25,7 @@ class PreparedStep(Protocol):
 
     @property
     def kind(self) -> str:
-        """:data:`DECODE`, :data:`VERIFY` or :data:`MIXED`."""
+        """:data:`DECODE`, :data:`VERIFY`, :data:`MIXED` or :data:`DRAFT`."""
         ...
 
     @property
@@ -41,6 +42,11 @@ class PreparedStep(Protocol):
     @property
     def forms(self) -> tuple[StepForm, ...]:
         """Forms to prepare beside the plain one."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its own buffers on the device."""
         ...
 
     def run(self, size: int, form: str = PLAIN_FORM) -> None:
