@@ -52,8 +52,25 @@ def build_speculation(builder: Builder) -> Speculation:
         )
     if drafter.num_lookahead_tokens:
         verifier.pair_with(drafter)
+    if drafter.proposes_trees:
+        _check_trees(builder, drafter, verifier)
     builder.build("draft_length", num_lookahead_tokens=drafter.num_lookahead_tokens)
     return Speculation(drafter, verifier)
+
+
+def _check_trees(builder: Builder, drafter: Drafter, verifier: Verifier) -> None:
+    """All that meets drafts must know what to do with trees."""
+    for slot, knows, instead in (
+        ("verifier", verifier.verifies_trees, "exact_match or rejection"),
+        ("attention", builder.cls("attention").supports_trees, "sdpa"),
+        ("draft_length", not builder.cls("draft_length").observes, "full"),
+    ):
+        if not knows:
+            raise ConfigError(
+                f"drafter {type(drafter).__name__} proposes token trees, and {slot} "
+                f"{builder.cls(slot).__name__} takes chains alone. Choose engine/{slot}={instead}, "
+                "or let the drafter propose chains."
+            )
 
 
 @dataclass(frozen=True, slots=True)

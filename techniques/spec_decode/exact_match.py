@@ -18,6 +18,7 @@ class ExactMatch(Verifier):
 
     losslessness = "exact"
     is_greedy_match = True
+    verifies_trees = True
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
@@ -33,6 +34,11 @@ class ExactMatch(Verifier):
         output = sampler.sample(logits, metadata)
         if drafts.token_ids.shape[1] == 0:
             return Accepted(output.token_ids.unsqueeze(1), output.logprobs)
+        if drafts.tree is not None:
+            place, last = drafts.match_tree(output.token_ids)
+            path = drafts.path(place)
+            self._counts.add(drafts, (path >= 0).sum(1))
+            return Accepted(drafts.keep_path(path, last), output.logprobs, path)
         num_accepted, last = drafts.match(output.token_ids)
         self._counts.add(drafts, num_accepted)
         return Accepted(drafts.keep(num_accepted, last), output.logprobs)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from workbench.core.step import SchedulerOutput
+from workbench.engine.trees import fault_of, is_chain
 from workbench.slots.draft_length import DraftLength, FullLength, VerifiedStep
 from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
 
@@ -124,10 +125,12 @@ class Drafting:
                 continue
             probs = None if drafts.probs is None else drafts.probs[index]
             reason = self._fault(draft, probs, context.max_draft_tokens[index])
+            if reason is None and drafts.parents is not None:
+                reason = self._tree_fault(draft, probs, drafts.parents[index])
             if reason is not None:
                 self._give_up(context.request_ids[index], InvalidDraftError(reason))
                 valid[index] = []
-        return DraftTokens(valid, drafts.probs)
+        return DraftTokens(valid, drafts.probs, drafts.parents)
 
     def finish(self, request_id: str) -> None:
         """Forget a request."""
@@ -148,12 +151,14 @@ class Drafting:
         healthy = [i for i, name in enumerate(context.request_ids) if name not in self._failed]
         drafts: list[list[int]] = [[] for _ in context.request_ids]
         probs: list[torch.Tensor | None] = [None] * len(drafts)
+        parents: list[list[int] | None] = [None] * len(drafts)
         if healthy:
             found = self._propose(context.take(healthy))
             for k, i in enumerate(healthy):
                 drafts[i] = found.token_ids[k]
                 probs[i] = None if found.probs is None else found.probs[k]
-        return DraftTokens(drafts, probs)
+                parents[i] = None if found.parents is None else found.parents[k]
+        return DraftTokens(drafts, probs, parents)
 
     def _propose_one_by_one(self, context: DraftContext, error: Exception) -> DraftTokens:
         """Find out for whom the drafter fails, since the others need not suffer."""
@@ -164,6 +169,7 @@ class Drafting:
         return DraftTokens(
             [drafts.token_ids[0] for drafts in alone],
             [None if drafts.probs is None else drafts.probs[0] for drafts in alone],
+            [None if drafts.parents is None else drafts.parents[0] for drafts in alone],
         )
 
     def _check_shape(self, drafts: DraftTokens, context: DraftContext) -> None:
@@ -175,6 +181,10 @@ class Drafting:
         if drafts.probs is not None and len(drafts.probs) != count:
             raise InvalidDraftError(
                 f"it gave probabilities of {len(drafts.probs)} requests for {count} requests"
+            )
+        if drafts.parents is not None and len(drafts.parents) != count:
+            raise InvalidDraftError(
+                f"it gave trees of {len(drafts.parents)} requests for {count} requests"
             )
 
     def _fault(self, draft: list[int], probs: torch.Tensor | None, limit: int) -> str | None:
@@ -196,6 +206,18 @@ class Drafting:
                     f"{self._vocab_size} ids need {len(draft)} x {self._vocab_size}"
                 )
         return None
+
+    def _tree_fault(
+        self, draft: list[int], probs: torch.Tensor | None, parents: list[int] | None
+    ) -> str | None:
+        """What is wrong with how a request's drafts hang together."""
+        if parents is None or (is_chain(parents) and len(parents) == len(draft)):
+            return None
+        if not self.drafter.proposes_trees:
+            return "it proposed a tree, and says that it proposes none"
+        if probs is not None:
+            return "it proposed a tree with probabilities, which no verifier tests"
+        return fault_of(parents, draft)
 
     def _give_up(self, request_id: str, error: Exception) -> None:
         self._failed.add(request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from workbench.engine.drafting import Drafting, ProposedProbs
 from workbench.engine.host_pool import HostPool
 from workbench.engine.mixed_step import MixedStep
 from workbench.engine.prepared_step import PreparedRun
+from workbench.engine.proposed_trees import ProposedTrees, TreeInputs
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
@@ -79,6 +81,7 @@ class ModelRunner:
         self.table = parts.table
         self.drafting = Drafting(parts.drafter, parts.vocab_size, parts.draft_length)
         self._proposed_probs = ProposedProbs()
+        self._proposed_trees = ProposedTrees(parts.table, parts.pool)
         self.inputs = InputGatherer(
             parts.table,
             parts.pool.block_size,
@@ -112,12 +115,13 @@ class ModelRunner:
         self._apply_changes(plan)
         inputs = self.inputs.gather(plan)
         prepared = inputs.prepared
+        trees = self._proposed_trees.apply(inputs) if inputs.max_drafts else None
         logits, selected, metadata = None, None, None
         if prepared is None:
             hidden = self._forward(inputs, clock)
             if inputs.sampling:
                 logits, selected = self._logits(inputs, hidden)
-            metadata = self._sampling_metadata(inputs) if inputs.sampling else None
+            metadata = self._sampling_metadata(inputs, trees) if inputs.sampling else None
         else:
             clock.lap("prepare")
             logits, metadata = self._run_prepared(inputs, prepared)
@@ -126,9 +130,11 @@ class ModelRunner:
         if metadata is not None:
             assert logits is not None
             accepted = self.parts.verifier.verify(
-                self._drafts(inputs), logits, metadata, self.parts.sampler
+                self._drafts(inputs, trees), logits, metadata, self.parts.sampler
             )
             self._advance(inputs, accepted)
+            if accepted.path is not None:
+                self._proposed_trees.move_accepted(inputs, accepted.path)
         elif prepared is not None:
             new = prepared.step.new_ids[: len(inputs.rows)]
             if not new.is_cuda:  # else it is copied to the host in the order of the steps
@@ -204,7 +210,7 @@ class ModelRunner:
             self.table.append_blocks(plan.new_block_ids)
         self.parts.drafter.note_plan(plan)
 
-    def _drafts(self, inputs: StepInputs) -> DraftsToVerify:
+    def _drafts(self, inputs: StepInputs, trees: TreeInputs | None = None) -> DraftsToVerify:
         """Drafts of the requests that yield tokens, read back from the step's inputs."""
         device, batch = self.table.device, inputs.batch
         count, width = len(inputs.sampling), inputs.max_drafts
@@ -222,7 +228,7 @@ class ModelRunner:
         drafts = drafts.masked_fill(~is_draft, -1)
         rows = [inputs.rows[i] for i in inputs.sampling]
         probs = self._proposed_probs.gather(rows, counts, drafts)
-        return DraftsToVerify(drafts, first_row, probs)
+        return DraftsToVerify(drafts, first_row, probs, None if trees is None else trees.shape)
 
     def _logits(
         self, inputs: StepInputs, hidden: torch.Tensor
@@ -232,7 +238,9 @@ class ModelRunner:
         selected = hidden if is_all else hidden[index]
         return self.parts.model.compute_logits(selected), selected
 
-    def _sampling_metadata(self, inputs: StepInputs) -> SamplingMetadata:
+    def _sampling_metadata(
+        self, inputs: StepInputs, trees: TreeInputs | None = None
+    ) -> SamplingMetadata:
         table, batch = self.table, inputs.batch
         if table.all_plain_greedy:
             nothing = batch.positions[:0]
@@ -243,7 +251,9 @@ class ModelRunner:
         index = upload(rows, table.device)
         any_penalties = any(p.has_penalties for p in params)
         contexts: list[torch.Tensor] = []
-        if any_penalties:
+        if any_penalties and trees is not None:
+            contexts = self._proposed_trees.contexts(inputs, trees)
+        elif any_penalties:
             ends = positions.tolist()
             contexts = [
                 table.token_ids[row, :end].long() for row, end in zip(rows, ends, strict=True)
@@ -299,6 +309,7 @@ class ModelRunner:
         inputs: StepInputs,
         tokens: list[list[int]],
         hidden: torch.Tensor | None,
+        rows_of_logits: list[Sequence[int]],
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
         table, index = self.table, inputs.rows_index
@@ -317,8 +328,7 @@ class ModelRunner:
         if hidden is None or not self.parts.drafter.reads_hidden_states:
             last_hidden = None
         else:
-            last = [f + len(t) - 1 for f, t in zip(inputs.first_row, tokens, strict=True)]
-            last_hidden = hidden[upload(last, table.device)]
+            last_hidden = hidden[upload([rows[-1] for rows in rows_of_logits], table.device)]
         proposed = self.drafting.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
@@ -331,6 +341,7 @@ class ModelRunner:
         )
         drafts = proposed.token_ids
         self._proposed_probs.note(rows, proposed)
+        self._proposed_trees.note(rows, proposed)
         table.write_drafts(index, drafts)
         return drafts
 
@@ -362,6 +373,8 @@ class RunningStep:
         self._has_drafts = inputs.max_drafts > 0
         self._logprobs = None if accepted is None else accepted.logprobs
         self._tokens = None if accepted is None else TokensToRead(accepted.token_ids)
+        path = None if accepted is None else accepted.path
+        self._path = None if path is None else TokensToRead(path)
         self._has_drafter = runner.parts.drafter.num_lookahead_tokens > 0
         if not self._has_drafter:
             runner.book(inputs)
@@ -373,6 +386,8 @@ class RunningStep:
         tokens = [] if self._tokens is None else self._tokens.read()
         if self._has_drafts:
             tokens = [[t for t in row if t >= 0] for row in tokens]
+        needs_rows = self._has_drafter or self._logprobs is not None
+        rows = self._rows_of(tokens) if needs_rows else []
         if self._verified:
             num_accepted = [len(row) - 1 for row in tokens]
             self._runner.parts.verifier.note_prepared(self._plan.num_draft_tokens, num_accepted)
@@ -381,7 +396,7 @@ class RunningStep:
         count = len(plan.request_ids)
         if self._has_drafter:
             with torch.inference_mode():
-                drafts = self._runner.draft(plan, self._inputs, tokens, self._hidden)
+                drafts = self._runner.draft(plan, self._inputs, tokens, self._hidden, rows)
         else:
             drafts = [[] for _ in tokens] if steady is None else steady.no_drafts
         clock.lap("draft")
@@ -396,8 +411,7 @@ class RunningStep:
         if self._logprobs is not None:
             logprobs = [None] * count
             for k, i in enumerate(self._sampling):
-                first = self._first_row[k]
-                entries = self._logprobs[first : first + len(tokens[k])]
+                entries = [self._logprobs[row] for row in rows[k]]
                 logprobs[i] = [e for e in entries if e is not None] or None
         clock.lap("collect")
         return ModelRunnerOutput(
@@ -411,6 +425,15 @@ class RunningStep:
             timings_us=clock.laps,
             starts_s=clock.starts,
         )
+
+    def _rows_of(self, tokens: list[list[int]]) -> list[Sequence[int]]:
+        """Rows of logits that each request's tokens were drawn from."""
+        if self._path is None:
+            return [range(f, f + len(t)) for f, t in zip(self._first_row, tokens, strict=True)]
+        return [
+            [first, *(first + place for place in path if place >= 0)]
+            for first, path in zip(self._first_row, self._path.read(), strict=True)
+        ]
 
 
 class TokensToRead:

@@ -36,7 +36,7 @@ def make_steps(
     max_num_seqs, attention = parts.table.padding_row, parts.attention
     verify = mixed = None
     tokens_each = drafter.num_lookahead_tokens + 1
-    if 1 < tokens_each < max_model_len:
+    if 1 < tokens_each < max_model_len and not drafter.proposes_trees:
         size = min(graph_runner.largest_verify(attention, tokens_each), max_num_seqs)
         if size:
             verify = VerifyStep(parts, verifier, size, tokens_each)

@@ -11,7 +11,8 @@ import torch
 
 import kernels
 from kernels.attention import Implementation
-from workbench.core.step import ForwardBatch
+from kernels.tree_attention import attend_tree, tree_mask
+from workbench.core.step import ForwardBatch, TokenTrees
 from workbench.slots.component import Component
 from workbench.slots.kv_pool import KVPool
 
@@ -73,6 +74,8 @@ class AttentionBackend(Component):
     """Computes attention over what the KV pool holds. Never writes to the pool."""
 
     cudagraph_support: CudaGraphSupport = CudaGraphSupport.NEVER
+    #: Whether tokens of a request may be a tree (``TokenTrees`` among the batch's extras).
+    supports_trees: bool = False
 
     def describe(self) -> str:
         """What serves, for tables and records: the class, and what it chose."""
@@ -125,6 +128,8 @@ class SdpaAttention(AttentionBackend):
     """The reference: torch's scaled dot-product attention over gathered blocks, on every device,
     with the CPU's own paged kernel where ``kernels`` has one. The null object."""
 
+    supports_trees = True
+
     def build_metadata(self, batch: ForwardBatch) -> ForwardBatch:
         return batch
 
@@ -135,7 +140,7 @@ class SdpaAttention(AttentionBackend):
         implementation: Implementation = "auto"  # on the CPU
         if q.is_cuda:
             implementation = "sdpa" if layer.soft_cap is None else "reference"
-        return kernels.paged_attend(
+        out = kernels.paged_attend(
             q,
             k_cache,
             v_cache,
@@ -149,6 +154,41 @@ class SdpaAttention(AttentionBackend):
             seq_lens_list=metadata.seq_lens_host,
             implementation=implementation,
         )
+        trees = metadata.extras.get(TokenTrees)
+        if trees is not None:
+            self._attend_trees(q, out, layer, metadata, pool, trees)
+        return out
+
+    def _attend_trees(
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+        pool: KVPool,
+        trees: TokenTrees,
+    ) -> None:
+        """Once more for the requests whose drafts are trees, into ``out[T, Hq, D]``."""
+        for tree in trees.trees:
+            key = (tree.request, layer.sliding_window)
+            mask = trees.masks.get(key)
+            if mask is None:  # made by the first layer of its kind
+                mask = trees.masks[key] = tree_mask(
+                    tree.num_queries,
+                    batch.seq_lens_host[tree.request],
+                    tree.parents,
+                    layer.sliding_window,
+                    q.device,
+                )
+            rows = slice(tree.start, tree.start + tree.num_queries)
+            out[rows] = attend_tree(
+                q[rows],
+                *pool.layer(layer.index),
+                batch.block_table[tree.request],
+                mask,
+                layer.scale,
+                soft_cap=layer.soft_cap,
+            )
 
     def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
         return []

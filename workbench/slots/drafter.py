@@ -98,7 +98,7 @@ class DraftContext:
     token_ids : list[ndarray[int32]]
         Known tokens of each request, prompt and output, as views that must not be written.
     max_draft_tokens : list[int]
-        Drafts that are worth proposing (the request's own limit less one).
+        Drafts that are worth proposing (the request's own limit less one); of a tree, nodes.
     num_prompt_tokens : list[int]
         How many of the known tokens are prompt.
     rows : list[int]
@@ -138,10 +138,15 @@ class DraftTokens:
         What the drafts were drawn from, float32, by request and position, where they were not
         proposed with certainty. The numbers that they were drawn with must be others than those of
         the request's seed (``uniform_from_seed``), with which they are tested.
+    parents : list of (list[int] or None), or None
+        Where a request's drafts are a tree, the draft that each one follows: an earlier one, or -1
+        for the last known token. No two drafts that follow one are equal, and they have no
+        ``probs``.
     """
 
     token_ids: list[list[int]]
     probs: torch.Tensor | Sequence[torch.Tensor | None] | None = None
+    parents: Sequence[list[int] | None] | None = None
 
 
 class Drafter(Component):
@@ -152,6 +157,8 @@ class Drafter(Component):
 
     #: Whether it may propose anything.
     proposes: bool = True
+    #: Whether drafts of a request may be a tree.
+    proposes_trees: bool = False
     #: Whether it reads ``DraftContext.hidden_states``.
     reads_hidden_states: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.

@@ -93,6 +93,14 @@ class KVPool(Component):
     def num_bytes(self) -> int:
         """Bytes the pool holds, trash block included."""
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy keys and values of the slots ``source[n]`` to the slots ``target[n]``, as if all at
+        once: a slot may be in both."""
+        for index in range(self.shape.num_layers):
+            for cache in self.layer(index):
+                slots = cache.view(-1, *cache.shape[2:])
+                slots[target] = slots[source]
+
     def block_tensors(self) -> list[torch.Tensor]:
         """All tensors of the pool, as few as may be, each with the block as its first dimension.
 

@@ -15,6 +15,26 @@ from workbench.slots.sampler import Sampler, SamplingMetadata
 
 
 @dataclass(frozen=True, slots=True)
+class TreeShape:
+    """How the drafts of ``B`` requests hang together, padded to ``K``.
+
+    Attributes
+    ----------
+    parents : Tensor[B, K] int64
+        Place of the row of logits that each draft is tested by: 0 for that of the last known token,
+        ``j + 1`` for that of draft ``j``, which stands before it.
+    depths : Tensor[B, K] int64
+        Drafts that lead to each, itself included; 0 for padding.
+    max_depth
+        The largest.
+    """
+
+    parents: torch.Tensor
+    depths: torch.Tensor
+    max_depth: int
+
+
+@dataclass(frozen=True, slots=True)
 class DraftsToVerify:
     """Drafts in the batch: ``L`` rows of logits of ``B`` requests that yield a token.
 
@@ -27,11 +47,14 @@ class DraftsToVerify:
         the last draft yields the bonus token.
     probs : Tensor[B, K, V] float32 or None
         What each draft was drawn from; None where all were proposed with certainty.
+    tree
+        How they hang together; None where each follows the one before it.
     """
 
     token_ids: torch.Tensor
     first_row: torch.Tensor
     probs: torch.Tensor | None = None
+    tree: TreeShape | None = None
 
     def rows(self, num_rows: int) -> torch.Tensor:
         """Row of logits of each place ``[B, K + 1]``; some valid row behind the last draft."""
@@ -46,12 +69,63 @@ class DraftsToVerify:
         num_accepted = agrees.cumprod(1).sum(1)
         return num_accepted, at.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
 
-    def by_row(self, kept: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def match_tree(self, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Place of the last draft on the path that agrees with what was drawn at every row,
+        ``drawn[L]``, 0 where none does, and what was drawn after it; both ``[B]`` int64."""
+        tree = self.tree
+        assert tree is not None
+        at = drawn[self.rows(drawn.shape[0])]
+        agrees = at.gather(1, tree.parents) == self.token_ids  # padding (-1) never agrees
+        holds = agrees
+        root = torch.ones_like(agrees[:, :1])
+        for _ in range(tree.max_depth - 1):
+            holds = agrees & torch.cat([root, holds], 1).gather(1, tree.parents)
+        depth, node = (tree.depths * holds).max(1)
+        place = torch.where(depth > 0, node + 1, 0)
+        return place, at.gather(1, place.unsqueeze(1)).squeeze(1)
+
+    def path(self, place: torch.Tensor) -> torch.Tensor:
+        """Places of the drafts that lead to ``place[B]``, itself included, ``[B, max_depth]``
+        padded with -1."""
+        tree = self.tree
+        assert tree is not None
+        parents = torch.nn.functional.pad(tree.parents, (1, 0))
+        depths = torch.nn.functional.pad(tree.depths, (1, 0))
+        place = place.unsqueeze(1)
+        path = []
+        for depth in range(tree.max_depth, 0, -1):
+            is_here = depths.gather(1, place) == depth
+            path.append(torch.where(is_here, place, -1))
+            place = torch.where(is_here, parents.gather(1, place), place)
+        return torch.cat(path[::-1], 1)
+
+    def keep_path(self, path: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The drafts at ``path[B, D]`` and the token ``last[B]`` after them, ``[B, D + 1]`` padded
+        with -1."""
+        tokens = self.token_ids.gather(1, (path - 1).clamp(min=0)).masked_fill(path < 0, -1)
+        tokens = torch.nn.functional.pad(tokens, (0, 1), value=-1)
+        return tokens.scatter(1, (path >= 0).sum(1, keepdim=True), last.unsqueeze(1))
+
+    def has_draft_at(self) -> torch.Tensor:
+        """Whether a request has a draft at each position, ``[B, K]``, the first being 1; of a tree,
+        at each depth."""
+        if self.tree is None:
+            return self.token_ids >= 0
+        deepest = self.tree.depths.amax(1, keepdim=True)
+        positions = torch.arange(1, self.tree.max_depth + 1, device=deepest.device)
+        return positions <= deepest
+
+    def by_row(
+        self, kept: torch.Tensor, num_rows: int, path: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The tokens of ``kept[B, K + 1]`` at their rows of logits, ``[L]``; 0 elsewhere. Waits for
         the device."""
         is_token = kept >= 0
         placed = kept.new_zeros(num_rows)
-        placed[self.rows(num_rows)[is_token]] = kept[is_token]
+        rows = self.rows(num_rows)
+        if path is not None:
+            rows = rows.gather(1, torch.nn.functional.pad(path, (1, 0)).clamp(min=0))
+        placed[rows[is_token]] = kept[is_token]
         return placed
 
     def keep(self, num_accepted: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -74,10 +148,13 @@ class Accepted:
         On the device, padded with -1 after each request's last token.
     logprobs : list or None
         One entry a row of logits, where any was asked for.
+    path : Tensor[B, D] int64 or None
+        Where drafts are trees, the places of the accepted ones, as of :meth:`DraftsToVerify.path`.
     """
 
     token_ids: torch.Tensor
     logprobs: list[TokenLogprobs | None] | None = None
+    path: torch.Tensor | None = None
 
 
 class AcceptanceCounts:
@@ -91,7 +168,7 @@ class AcceptanceCounts:
 
     def add(self, drafts: DraftsToVerify, num_accepted: torch.Tensor) -> None:
         """Count a step in which the first ``num_accepted[B]`` drafts were accepted."""
-        is_draft = drafts.token_ids >= 0
+        is_draft = drafts.has_draft_at()
         width = is_draft.shape[1]
         kept = torch.arange(width, device=is_draft.device) < num_accepted.unsqueeze(1)
         step = torch.stack([is_draft, kept]).sum(1)
@@ -152,6 +229,8 @@ class Verifier(Component):
     losslessness: str = "exact"
     #: Whether drafts may be given to it.
     accepts_drafts: bool = True
+    #: Whether drafts may be trees.
+    verifies_trees: bool = False
     #: Whether it tests drafts by what they were drawn from, ``DraftsToVerify.probs``.
     reads_probs: bool = False
     #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest

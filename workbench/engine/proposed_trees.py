@@ -1,0 +1,125 @@
+"""Drafts that are trees, from the drafter to the step that verifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from workbench.core.step import TokenTree, TokenTrees
+from workbench.engine.request_table import RequestTable
+from workbench.engine.step_inputs import StepInputs
+from workbench.engine.trees import chain_parents, depths_of, is_chain, path_to
+from workbench.engine.upload import upload
+from workbench.slots.drafter import DraftTokens
+from workbench.slots.kv_pool import KVPool
+from workbench.slots.verifier import TreeShape
+
+
+@dataclass(frozen=True, slots=True)
+class TreeInputs:
+    """The trees of a step.
+
+    Attributes
+    ----------
+    parents
+        By sampling request, those of its drafts, chains included.
+    shape
+        The same on the device.
+    """
+
+    parents: list[list[int]]
+    shape: TreeShape
+
+
+class ProposedTrees:
+    """Trees that wait for verification, by row of the request table. Chains are not among them."""
+
+    def __init__(self, table: RequestTable, pool: KVPool) -> None:
+        self._table, self._pool = table, pool
+        self._by_row: dict[int, list[int]] = {}
+
+    def note(self, rows: Sequence[int], drafts: DraftTokens) -> None:
+        """Keep those of new drafts; what was there before is void."""
+        if drafts.parents is None and not self._by_row:
+            return
+        for k, row in enumerate(rows):
+            parents = None if drafts.parents is None else drafts.parents[k]
+            if parents is not None and not is_chain(parents):
+                self._by_row[row] = parents
+            else:
+                self._by_row.pop(row, None)
+
+    def apply(self, inputs: StepInputs) -> TreeInputs | None:
+        """Let the batch's drafts be trees where they are: positions, and who sees whom. None where
+        all are chains.
+
+        Nodes keep the slots of a chain: where KV is written goes by a node's place in its tree.
+        """
+        rows, counts, batch = inputs.rows, inputs.num_drafts, inputs.batch
+        if not any(n and row in self._by_row for row, n in zip(rows, counts, strict=True)):
+            return None
+        shift = np.zeros(batch.num_tokens, np.int64)
+        trees: list[TokenTree] = []
+        parents_of: list[list[int]] = []
+        start = 0
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            num_queries = batch.query_lens_host[i]
+            parents = self._by_row.get(row, [])[:count]
+            if not parents or is_chain(parents):
+                parents = chain_parents(count)
+            else:
+                depths = depths_of(parents)
+                shift[start + num_queries - count : start + num_queries] = depths
+                shift[start + num_queries - count : start + num_queries] -= np.arange(1, count + 1)
+                trees.append(TokenTree(i, start, num_queries, parents, depths))
+            parents_of.append(parents)
+            start += num_queries
+        if not trees:
+            return None
+        batch.positions = batch.positions + upload(shift, self._table.device)
+        batch.extras[TokenTrees] = TokenTrees(trees)
+        of_sampling = [parents_of[i] for i in inputs.sampling]
+        return TreeInputs(of_sampling, self._shape(of_sampling))
+
+    def contexts(self, inputs: StepInputs, trees: TreeInputs) -> list[torch.Tensor]:
+        """Tokens before the one that each row of logits draws, int64."""
+        table, contexts = self._table, []
+        ends = inputs.first_new.tolist()
+        for index, end, parents in zip(inputs.sampling, ends, trees.parents, strict=True):
+            tokens = table.token_ids[inputs.rows[index]]
+            known, nodes = tokens[:end].long(), tokens[end : end + len(parents)].long()
+            contexts.append(known)
+            for node in range(len(parents)):
+                path = upload(path_to(parents, node), table.device)
+                contexts.append(torch.cat([known, nodes[path]]))
+        return contexts
+
+    def move_accepted(self, inputs: StepInputs, path: torch.Tensor) -> None:
+        """Put the KV of accepted nodes, ``path[B, D]`` of :class:`Accepted`, where that of a chain
+        would stand."""
+        batch, pool = inputs.batch, self._pool
+        first = batch.logits_indices[upload(inputs.first_row, self._table.device)].unsqueeze(1)
+        place = torch.arange(1, path.shape[1] + 1, device=path.device)
+        moves = (path >= 0) & (path != place)
+        if not path.is_cuda and not bool(moves.any()):
+            return
+        trash = pool.num_blocks * pool.block_size
+        last = batch.num_tokens - 1
+        slots = batch.slot_mapping
+        source = slots[(first + path.clamp(min=0)).clamp(max=last)].masked_fill(~moves, trash)
+        target = slots[(first + place).clamp(max=last)].masked_fill(~moves, trash)
+        pool.move(source.view(-1), target.view(-1))
+
+    def _shape(self, parents_of: list[list[int]]) -> TreeShape:
+        width = max(map(len, parents_of))
+        parents = np.zeros((len(parents_of), width), np.int64)
+        depths = np.zeros_like(parents)
+        for b, parents_here in enumerate(parents_of):
+            count = len(parents_here)
+            parents[b, :count] = np.array(parents_here, np.int64) + 1
+            depths[b, :count] = depths_of(parents_here)
+        packed = upload(np.stack([parents, depths]), self._table.device)
+        return TreeShape(packed[0], packed[1], int(depths.max()))
