@@ -209,6 +209,88 @@ def _draft(
     return num_best, best_score
 
 
+#: Places for what may be added to a tree next, by node that it may have.
+_FRONTIER = 32
+
+
+@njit(cache=True)
+def _push_children(states, edges, state, node, probability, least, frontier, chances, count):
+    """Append the tokens that may follow a node, no less probable than ``least``."""
+    total = np.int64(0)
+    edge = np.int64(states[state, _EDGE])
+    while edge >= 0:
+        total += states[edges[edge, _TARGET], _COUNT]
+        edge = np.int64(edges[edge, _NEXT])
+    edge = np.int64(states[state, _EDGE])
+    while edge >= 0 and count < chances.shape[0]:
+        chance = probability * states[edges[edge, _TARGET], _COUNT] / total
+        if edges[edge, _TOKEN] >= 0 and chance >= least and chance > 0:
+            frontier[count, 0], frontier[count, 1] = edge, node
+            chances[count] = chance
+            count += 1
+        edge = np.int64(edges[edge, _NEXT])
+    return count
+
+
+@njit(cache=True)
+def _draft_tree(
+    states, edges, table, tail, limit, min_match, factor, min_probability, to_beat, best, trial
+):
+    """As :func:`_draft`, for trees: tokens and parents into the two rows of ``best[2, limit]``.
+
+    The tree behind each suffix takes the likeliest token that may follow any of its nodes, again
+    and again. Its score is the sum of its nodes' probabilities: of all paths, one comes true.
+    """
+    state, length = _match(states, edges, table, tail)
+    num_best, best_score = 0, to_beat
+    frontier = np.empty((limit * _FRONTIER, 2), np.int64)
+    chances = np.empty(limit * _FRONTIER)
+    while state != _ROOT and length >= min_match:
+        most = min(limit, int(factor * length))
+        if best_score >= most:
+            break
+        count, score = 0, 0.0
+        size = _push_children(
+            states, edges, state, np.int64(-1), 1.0, min_probability, frontier, chances, 0
+        )
+        while count < most and size:
+            place = 0
+            for i in range(1, size):
+                gain = chances[i] - chances[place]
+                if gain > 0 or (
+                    gain == 0
+                    and states[edges[frontier[i, 0], _TARGET], _LAST_END]
+                    > states[edges[frontier[place, 0], _TARGET], _LAST_END]
+                ):
+                    place = i
+            edge, parent, chance = frontier[place, 0], frontier[place, 1], chances[place]
+            if score + chance * (most - count) <= best_score:
+                break
+            size -= 1
+            frontier[place, 0], frontier[place, 1] = frontier[size, 0], frontier[size, 1]
+            chances[place] = chances[size]
+            trial[0, count], trial[1, count] = edges[edge, _TOKEN], parent
+            score += chance
+            size = _push_children(
+                states,
+                edges,
+                np.int64(edges[edge, _TARGET]),
+                np.int64(count),
+                chance,
+                min_probability,
+                frontier,
+                chances,
+                size,
+            )
+            count += 1
+        if score > best_score + _ROUNDING:
+            num_best, best_score = count, score
+            best[:, :count] = trial[:, :count]
+        state = np.int64(states[state, _LINK])
+        length = np.int64(states[state, _LENGTH])
+    return num_best, best_score
+
+
 class SuffixAutomaton:
     """All substrings of a growing text, how often each occurred and what followed.
 
@@ -301,6 +383,41 @@ class SuffixAutomaton:
             buffers[1],
         )
         return buffers[0, :count].tolist(), score
+
+    def draft_tree(
+        self,
+        tail: np.ndarray,
+        limit: int,
+        *,
+        min_match: int,
+        factor: float,
+        min_probability: float,
+        to_beat: float,
+        buffers: np.ndarray,
+    ) -> tuple[list[int], list[int], float]:
+        """As :meth:`draft`, a tree of at most ``limit`` tokens; ``buffers`` is int32
+        ``[2, 2, limit]`` or more.
+
+        Returns
+        -------
+        Tokens, the place of the one that each follows, -1 for the last of ``tail``, and how many
+        are expected to be right.
+        """
+        count, score = _draft_tree(
+            self._states,
+            self._edges,
+            self._table,
+            tail,
+            limit,
+            min_match,
+            factor,
+            min_probability,
+            to_beat,
+            buffers[0],
+            buffers[1],
+        )
+        tokens, parents = buffers[0, :, :count].tolist()
+        return tokens, parents, score
 
     def _reserve(self, capacity: int) -> None:
         """Make room for a text of so many tokens: two states and three edges each."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from techniques.suffix_decoding.automaton import SEPARATOR, SuffixAutomaton
 from workbench.core.errors import ConfigError
+from workbench.engine.trees import is_chain
 from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
 
 
@@ -27,6 +28,8 @@ class SuffixConfig:
         A draft ends before its probability, by what followed so far, falls below.
     shared_tokens
         Most tokens of finished outputs that are kept for all requests; 0 keeps none.
+    tree
+        Propose a tree, in which several continuations may stand, instead of one of them.
     """
 
     num_draft_tokens: int = 8
@@ -35,6 +38,7 @@ class SuffixConfig:
     draft_factor: float = 1.0
     min_probability: float = 0.1
     shared_tokens: int = 65536
+    tree: bool = False
 
 
 class Suffix(Drafter):
@@ -54,13 +58,16 @@ class Suffix(Drafter):
         self._depth = config.max_match + config.num_draft_tokens
         self._requests: dict[str, _RequestText] = {}
         self._buffers = np.empty((2, config.num_draft_tokens), np.int32)
+        self._tree_buffers = np.empty((2, 2, config.num_draft_tokens), np.int32)
+        self.proposes_trees = config.tree
         self._shared: list[SuffixAutomaton] = []  # the younger generation first
         self.clear_cached()
         self.reset_counters()
         self._warm_up()
 
     def propose(self, context: DraftContext) -> DraftTokens:
-        drafts = []
+        drafts: list[list[int]] = []
+        parents: list[list[int] | None] | None = [] if self.config.tree else None
         for request_id, tokens, limit, num_prompt_tokens in zip(
             context.request_ids,
             context.token_ids,
@@ -73,10 +80,15 @@ class Suffix(Drafter):
                 text = _RequestText(self._depth, tokens, num_prompt_tokens)
                 self._requests[request_id] = text
             text.extend(tokens)
-            draft = self._draft(text, tokens, min(limit, self.config.num_draft_tokens))
+            limit = min(limit, self.config.num_draft_tokens)
+            if parents is None:
+                draft = self._draft(text, tokens, limit)
+            else:
+                draft, followed = self._draft_tree(text, tokens, limit)
+                parents.append(followed)
             self._drafted_tokens += len(draft)
             drafts.append(draft)
-        return DraftTokens(drafts)
+        return DraftTokens(drafts, None, parents)
 
     def finish(self, request_id: str) -> None:
         text = self._requests.pop(request_id, None)
@@ -98,10 +110,11 @@ class Suffix(Drafter):
         return {
             "drafted_tokens": self._drafted_tokens,
             "shared_drafted_tokens": self._shared_drafted_tokens,
+            "branching_trees": self._branching_trees,
         }
 
     def reset_counters(self) -> None:
-        self._drafted_tokens = self._shared_drafted_tokens = 0
+        self._drafted_tokens = self._shared_drafted_tokens = self._branching_trees = 0
 
     @property
     def num_shared_tokens(self) -> int:
@@ -131,6 +144,34 @@ class Suffix(Drafter):
             self._shared_drafted_tokens += len(best)
         return best
 
+    def _draft_tree(
+        self, text: _RequestText, tokens: np.ndarray, limit: int
+    ) -> tuple[list[int], list[int]]:
+        """Drafts and their parents."""
+        best: tuple[list[int], list[int]] = ([], [])
+        if limit < 1:
+            return best
+        config, tail = self.config, tokens[-self.config.max_match :]
+        best_score, is_shared = 0.0, False
+        for automaton in (text.automaton, *self._shared):
+            if automaton.num_tokens and best_score < limit:
+                draft, parents, score = automaton.draft_tree(
+                    tail,
+                    limit,
+                    min_match=config.min_match,
+                    factor=config.draft_factor,
+                    min_probability=config.min_probability,
+                    to_beat=best_score,
+                    buffers=self._tree_buffers,
+                )
+                if score > best_score:
+                    best, best_score = (draft, parents), score
+                    is_shared = automaton is not text.automaton
+        if is_shared:
+            self._shared_drafted_tokens += len(best[0])
+        self._branching_trees += not is_chain(best[1])
+        return best
+
     def _warm_up(self) -> None:
         """Compile now, with arrays like those to come."""
         tokens = np.array([1, 2, 1, 3], np.int32)
@@ -138,7 +179,10 @@ class Suffix(Drafter):
         text = _RequestText(self._depth, tokens, 1)
         text.extend(tokens)
         text.automaton.extend(text.output())
-        self._draft(text, tokens, 1)
+        if self.config.tree:
+            self._draft_tree(text, tokens, 1)
+        else:
+            self._draft(text, tokens, 1)
 
 
 class _RequestText:

@@ -20,8 +20,9 @@ import torch
 from tests.helpers.engines import component
 from workbench.configuration import options_of
 from workbench.core.sampling import SamplingParams
+from workbench.engine.trees import depths_of
 from workbench.slots.sampler import SamplingMetadata, invert_cdf, target_probs, uniform_from_seed
-from workbench.slots.verifier import Accepted, DraftsToVerify, Verifier
+from workbench.slots.verifier import Accepted, DraftsToVerify, TreeShape, Verifier
 
 VOCAB, NUM_TOKENS, NUM_DRAFTS, FIRST = 5, 3, 2, 0
 NUM_DRAWS = 200_000
@@ -50,6 +51,8 @@ KEEPING = [
     for option in options_of("engine/verifier")
     if takes_drafts(option) and component("verifier", option).losslessness != "lossy"
 ]
+
+TREE_KEEPING = [option for option in KEEPING if component("verifier", option).verifies_trees]
 
 
 def law(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
@@ -116,6 +119,51 @@ def verified_chains(
     return chains
 
 
+#: Six drafts: two that may come first, and two behind each.
+TREE = [-1, -1, 0, 0, 1, 1]
+
+
+def verified_tree_chains(
+    verifier: Verifier, params: SamplingParams, count: int, *, with_probs: bool
+) -> torch.Tensor:
+    """As :func:`verified_chains`, of trees whose siblings are drawn without replacement."""
+    generator = torch.Generator().manual_seed(2)
+    drafts = torch.empty(count, len(TREE), dtype=torch.int64)
+    probs = torch.empty(count, len(TREE), VOCAB)
+    for node, parent in enumerate(TREE):
+        before = torch.full((count,), FIRST) if parent < 0 else drafts[:, parent]
+        left = DRAFTER[before].clone()
+        for sibling in range(node):
+            if TREE[sibling] == parent:
+                left.scatter_(1, drafts[:, sibling : sibling + 1], 0.0)
+        probs[:, node] = left / left.sum(-1, keepdim=True)
+        drafts[:, node] = draw(left, generator)
+    behind = torch.cat([torch.full((count, 1), FIRST), drafts], 1)
+    depths = torch.tensor(depths_of(TREE))
+    shape = TreeShape(
+        (torch.tensor(TREE) + 1).expand(count, -1), depths.expand(count, -1), int(depths.max())
+    )
+    width = len(TREE) + 1
+    accepted = verifier.verify(
+        DraftsToVerify(
+            drafts, torch.arange(count) * width, probs if with_probs else None, tree=shape
+        ),
+        LOGITS[behind.flatten()],
+        SamplingMetadata(
+            params=[params] * behind.numel(),
+            positions=(torch.cat([torch.zeros(1, dtype=torch.int64), depths]) + 7).repeat(count),
+            seeds=torch.arange(count).repeat_interleave(width),
+            all_greedy=params.is_greedy,
+        ),
+        component("sampler", "torch"),
+    )
+    chains, step = accepted.token_ids.clone(), laws(params).float()
+    for place in range(1, NUM_TOKENS):
+        short = chains[:, place] < 0
+        chains[short, place] = draw(step[chains[short, place - 1]], generator)
+    return chains
+
+
 def distance(chains: torch.Tensor, joint: torch.Tensor) -> float:
     """Total variation between the chains' frequencies and their law."""
     flat = (chains[:, 0] * VOCAB + chains[:, 1]) * VOCAB + chains[:, 2]
@@ -138,6 +186,50 @@ def test_total_variation_is_within_the_bound(option: str, setting: str, with_pro
     assert distance(chains, true_joint(params)) < bound(NUM_DRAWS)
     rate = verifier.counters()["acceptance_rate"]
     assert 0.02 < rate < 0.98, "too few or too many drafts are accepted to test anything"
+
+
+@pytest.mark.parametrize("with_probs", [False, True], ids=["one-hot", "probabilistic"])
+@pytest.mark.parametrize("setting", ["temperature", "top_p", "all of them"])
+@pytest.mark.parametrize("option", TREE_KEEPING)
+def test_total_variation_of_trees_is_within_the_bound(
+    option: str, setting: str, with_probs: bool
+) -> None:
+    params = SamplingParams(**SETTINGS[setting])
+    verifier = component("verifier", option)
+    chains = verified_tree_chains(verifier, params, NUM_DRAWS, with_probs=with_probs)
+    assert distance(chains, true_joint(params)) < bound(NUM_DRAWS)
+    counts = verifier.counters()
+    assert 0.1 < counts["accepted_at_2"] / counts["accepted_at_1"] < 0.98
+    assert 0.02 < counts["acceptance_rate"] < 0.98
+
+
+class ForgetsSiblings(Verifier):
+    """Wrong on purpose: a draft is tested as if none before it had been rejected."""
+
+    def verify(
+        self, drafts: DraftsToVerify, logits: torch.Tensor, metadata: SamplingMetadata, sampler: Any
+    ) -> Accepted:
+        assert drafts.tree is not None
+        probs = target_probs(logits, metadata)
+        probs /= probs.sum(-1, keepdim=True)
+        rows = drafts.rows(len(logits))
+        at = torch.zeros_like(rows[:, 0])
+        for place, ids in enumerate(drafts.token_ids.unbind(1), start=1):
+            row = rows.gather(1, at.unsqueeze(1)).squeeze(1)
+            p = probs[row].gather(1, ids.unsqueeze(1)).squeeze(1)
+            test = uniform_from_seed(metadata.seeds[row] * 77 + place, metadata.positions[row])
+            passes = (test < p) & (drafts.tree.parents[:, place - 1] == at)
+            at = torch.where(passes, place, at)
+        row = rows.gather(1, at.unsqueeze(1)).squeeze(1)
+        uniform = uniform_from_seed(metadata.seeds[row], metadata.positions[row])
+        path = drafts.path(at)
+        return Accepted(drafts.keep_path(path, invert_cdf(probs[row], uniform)), path=path)
+
+
+def test_a_wrong_verifier_of_trees_is_found_out() -> None:
+    params = SamplingParams(temperature=1.0)
+    chains = verified_tree_chains(ForgetsSiblings(), params, NUM_DRAWS, with_probs=False)
+    assert distance(chains, true_joint(params)) > 2 * bound(NUM_DRAWS)
 
 
 class Redraws(Verifier):

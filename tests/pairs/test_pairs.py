@@ -49,6 +49,7 @@ TIGHT = {
     "paged_attention": ("engine.kv_cache.block_size=4",),
     "rejection_sampling": ("engine.drafter.min_ngram=1",),
     "spec_decode": ("engine.drafter.min_ngram=1",),
+    "suffix_tree": ("engine.drafter.draft_factor=8.0",),  # branches behind one token, too
     "typical_acceptance": ("engine.drafter.min_ngram=1",),
 }
 #: Pools that are too small for what runs at once, for techniques that live off that.

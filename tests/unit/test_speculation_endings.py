@@ -26,6 +26,7 @@ EAGER_CONTROLLER = (
 WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ngram": (("spec_decode",), SHORT_NGRAMS),
     "suffix": (("suffix_decoding",), ()),
+    "suffix tree": (("suffix_decoding", "suffix_tree"), ()),
     "rejection": (("rejection_sampling",), SHORT_NGRAMS),
     "typical": (("typical_acceptance",), SHORT_NGRAMS),
     "draft model": (("draft_model",), ()),

@@ -13,6 +13,7 @@ from techniques.suffix_decoding.drafter import Suffix, SuffixConfig
 from tests.helpers.drafting import context
 from tests.helpers.engines import check_idle, tiny_engine
 from workbench.core.sampling import SamplingParams
+from workbench.engine.trees import fault_of, is_chain, path_to
 
 DEPTH = 9
 
@@ -55,6 +56,20 @@ def brute_force(
         if score > best_score + 1e-9:
             best, best_score = draft, score
     return best, best_score
+
+
+def all_chances(
+    text: list[int], part: list[int], depth: int, chance: float, least: float
+) -> list[tuple[tuple[int, ...], float]]:
+    """What may follow a substring, up to a depth, with the probability of each path."""
+    followers = [text[end] for end in occurrences(text, part) if end < len(text)]
+    found = []
+    for token in {t for t in followers if t >= 0}:
+        own = chance * followers.count(token) / len(followers)
+        if own >= least and depth:
+            below = all_chances(text, [*part, token], depth - 1, own, least)
+            found += [((token,), own), *(((token, *path), c) for path, c in below)]
+    return found
 
 
 def random_text(rng: random.Random, width: int, length: int) -> list[int]:
@@ -221,3 +236,47 @@ def test_the_same_history_gives_the_same_steps_and_a_cold_start_forgets() -> Non
 def test_refuses_impossible_settings(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         Suffix(SuffixConfig(**{name: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("width", [2, 3, 6])
+def test_trees_have_the_likeliest_nodes(width: int, seed: int) -> None:
+    """Of each suffix the paths of most probability, and of all suffixes the best tree."""
+    rng = random.Random(seed)
+    text = random_text(rng, width, 80)
+    automaton = SuffixAutomaton(16)
+    automaton.extend(ids(text))
+    buffers = np.empty((2, 2, 6), np.int32)
+    num_branching = 0
+    for _ in range(40):
+        start = rng.randrange(len(text) - 6)
+        tail = [t for t in text[start : start + rng.randint(1, 5)] if t >= 0] or [0]
+        limit, factor, least = rng.randint(1, 6), rng.choice([1.0, 2.0, 4.0]), 0.07
+        tokens, parents, score = automaton.draft_tree(
+            ids(tail),
+            limit,
+            min_match=1,
+            factor=factor,
+            min_probability=least,
+            to_beat=0.0,
+            buffers=buffers,
+        )
+        assert fault_of(parents, tokens) is None and len(tokens) <= limit
+        best = 0.0
+        by_suffix = []
+        for size in range(len(tail), 0, -1):
+            part = tail[len(tail) - size :]
+            if not occurrences(text, part):
+                continue
+            found = all_chances(text, part, limit, 1.0, least)
+            chances = sorted((c for _, c in found), reverse=True)
+            best = max(best, sum(chances[: min(limit, int(factor * size))]))
+            by_suffix.append(dict(found))
+        assert score == pytest.approx(best)
+        if tokens:
+            nodes = range(len(tokens))
+            paths = [tuple(tokens[n] for n in path_to(parents, node)) for node in nodes]
+            sums = [sum(known.get(path, -9.0) for path in paths) for known in by_suffix]
+            assert any(value == pytest.approx(score) for value in sums)
+            num_branching += not is_chain(parents)
+    assert num_branching > 0 or width > 2

@@ -253,6 +253,37 @@ def test_draws_penalties_and_logprobs_are_those_without_trees() -> None:
     compare(params, *PAGED)
 
 
+def test_trees_whose_drafts_are_tested_at_random() -> None:
+    """Greedy requests get their own tokens, others some that they may get, with what they are
+    worth."""
+    prompts = mixed_prompts(6, longest=30, seed=3)
+    params = [
+        SamplingParams(
+            max_tokens=20, ignore_eos=True, logprobs=1, temperature=0.9 * (i % 2), seed=i
+        )
+        for i in range(6)
+    ]
+    plain = tiny_engine(*PAGED)
+    wanted = plain.generate(prompts, params)
+    engine = tiny_engine(*PAGED, *BRANCHING[:1], "engine/verifier=rejection")
+    drafter_of(engine).answers = [p + o.token_ids for p, o in zip(prompts, wanted, strict=True)]
+    found = engine.generate(prompts, params)
+    same(found[::2], wanted[::2])
+    assert [len(o.token_ids) for o in found] == [20] * 6
+    for output in found[1::2]:  # held against the model: each token's worth behind those before it
+        entries = output.outputs[0].logprobs or []
+        assert [e.token_id for e in entries] == output.token_ids
+    index = 1
+    told = [e.logprob for e in found[index].outputs[0].logprobs or []]
+    for count in (3, 9, 15):
+        before = prompts[index] + found[index].token_ids[:count]
+        greedy = SamplingParams(max_tokens=1, ignore_eos=True, logprobs=128)
+        (entry,) = plain.generate([before], [greedy])[0].outputs[0].logprobs or []
+        by_token = dict(entry.top)
+        assert told[count] == pytest.approx(by_token[found[index].token_ids[count]], abs=1e-4)
+    assert engine.counters()["verifier.accepted_at_2"] > 0
+
+
 def test_ends_inside_a_tree() -> None:
     prompts = mixed_prompts(4, longest=20, seed=5)
     plain, engine = tiny_engine(), tiny_engine(*BRANCHING)

@@ -126,7 +126,7 @@ class Drafting:
             probs = None if drafts.probs is None else drafts.probs[index]
             reason = self._fault(draft, probs, context.max_draft_tokens[index])
             if reason is None and drafts.parents is not None:
-                reason = self._tree_fault(draft, probs, drafts.parents[index])
+                reason = self._tree_fault(draft, drafts.parents[index])
             if reason is not None:
                 self._give_up(context.request_ids[index], InvalidDraftError(reason))
                 valid[index] = []
@@ -207,16 +207,12 @@ class Drafting:
                 )
         return None
 
-    def _tree_fault(
-        self, draft: list[int], probs: torch.Tensor | None, parents: list[int] | None
-    ) -> str | None:
+    def _tree_fault(self, draft: list[int], parents: list[int] | None) -> str | None:
         """What is wrong with how a request's drafts hang together."""
         if parents is None or (is_chain(parents) and len(parents) == len(draft)):
             return None
         if not self.drafter.proposes_trees:
             return "it proposed a tree, and says that it proposes none"
-        if probs is not None:
-            return "it proposed a tree with probabilities, which no verifier tests"
         return fault_of(parents, draft)
 
     def _give_up(self, request_id: str, error: Exception) -> None:

@@ -140,8 +140,8 @@ class DraftTokens:
         the request's seed (``uniform_from_seed``), with which they are tested.
     parents : list of (list[int] or None), or None
         Where a request's drafts are a tree, the draft that each one follows: an earlier one, or -1
-        for the last known token. No two drafts that follow one are equal, and they have no
-        ``probs``.
+        for the last known token. No two drafts that follow the same one are equal, and their
+        ``probs`` are what each was drawn from given those before it.
     """
 
     token_ids: list[list[int]]
