@@ -52,6 +52,12 @@ def build_speculation(builder: Builder) -> Speculation:
         )
     if drafter.num_lookahead_tokens:
         verifier.pair_with(drafter)
+    if drafter.reads_drawn and not verifier.tells_drawn:
+        raise ConfigError(
+            f"drafter {type(drafter).__name__} learns from what the target draws behind every "
+            f"draft, which verifier {type(verifier).__name__} does not tell. Choose "
+            "engine/verifier=exact_match."
+        )
     if drafter.proposes_trees:
         _check_trees(builder, drafter, verifier)
     builder.build("draft_length", num_lookahead_tokens=drafter.num_lookahead_tokens)

@@ -19,6 +19,7 @@ class ExactMatch(Verifier):
     losslessness = "exact"
     is_greedy_match = True
     verifies_trees = True
+    tells_drawn = True
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
@@ -38,10 +39,12 @@ class ExactMatch(Verifier):
             place, last = drafts.match_tree(output.token_ids)
             path = drafts.path(place)
             self._counts.add(drafts, (path >= 0).sum(1))
-            return Accepted(drafts.keep_path(path, last), output.logprobs, path)
+            kept = drafts.keep_path(path, last)
+            return Accepted(kept, output.logprobs, path, output.token_ids)
         num_accepted, last = drafts.match(output.token_ids)
         self._counts.add(drafts, num_accepted)
-        return Accepted(drafts.keep(num_accepted, last), output.logprobs)
+        kept = drafts.keep(num_accepted, last)
+        return Accepted(kept, output.logprobs, drawn=output.token_ids)
 
     def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
         self._counts.note(num_drafts, num_accepted)

@@ -12,6 +12,8 @@ from tests.helpers.drafting import CountedTokens, context, num_opcodes, text_lik
 from tests.helpers.engines import component, drafters_by_tokens
 from workbench.slots.drafter import Drafter
 
+#: Settings under which a longer context brings no more candidates, up to the most there may be.
+AS_MANY = {"lookahead": {"max_candidates": 1}}
 every_drafter = pytest.mark.parametrize("option", drafters_by_tokens())
 LENGTHS = (200, 4000)
 TOKENS = np.asarray(text_like(4200), dtype=np.int32)
@@ -34,7 +36,10 @@ def cost(drafter: Drafter, length: int) -> tuple[int, int]:
 
 @every_drafter
 def test_a_step_does_not_cost_more_in_a_long_context(option: str) -> None:
-    short, long = (cost(component("drafter", option), length) for length in LENGTHS)
+    short, long = (
+        cost(component("drafter", option, settings=AS_MANY.get(option)), length)
+        for length in LENGTHS
+    )
     assert long[0] <= 1.25 * short[0], "instructions grow with the context"
     assert long[1] <= short[1] + 32, "tokens read grow with the context"
     assert long[0] <= 2000
@@ -44,7 +49,7 @@ def test_a_step_does_not_cost_more_in_a_long_context(option: str) -> None:
 @every_drafter
 def test_indexing_a_prompt_runs_no_python_a_token(option: str) -> None:
     def first(length: int) -> int:
-        drafter = component("drafter", option)
+        drafter = component("drafter", option, settings=AS_MANY.get(option))
         return num_opcodes(lambda: drafter.propose(context(TOKENS[:length])))
 
     assert first(4000) <= first(200) + 200

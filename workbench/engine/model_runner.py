@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -310,6 +310,7 @@ class ModelRunner:
         tokens: list[list[int]],
         hidden: torch.Tensor | None,
         rows_of_logits: list[Sequence[int]],
+        drawn: TokensToRead | None,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
         table, index = self.table, inputs.rows_index
@@ -337,6 +338,7 @@ class ModelRunner:
                 num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
                 rows=rows,
                 hidden_states=last_hidden,
+                drawn=None if drawn is None else self._drawn_by_request(inputs, drawn),
             )
         )
         drafts = proposed.token_ids
@@ -344,6 +346,12 @@ class ModelRunner:
         self._proposed_trees.note(rows, proposed)
         table.write_drafts(index, drafts)
         return drafts
+
+    @staticmethod
+    def _drawn_by_request(inputs: StepInputs, drawn: TokensToRead) -> list[list[int]]:
+        ids = drawn.read()
+        counts = [inputs.num_drafts[i] + 1 for i in inputs.sampling]
+        return [ids[f : f + n] for f, n in zip(inputs.first_row, counts, strict=True)]
 
 
 class RunningStep:
@@ -375,6 +383,10 @@ class RunningStep:
         self._tokens = None if accepted is None else TokensToRead(accepted.token_ids)
         path = None if accepted is None else accepted.path
         self._path = None if path is None else TokensToRead(path)
+        self._drawn: TokensToRead | None = None
+        if runner.parts.drafter.reads_drawn and accepted is not None and self._has_drafts:
+            assert accepted.drawn is not None, "the verifier tells what was drawn"
+            self._drawn = TokensToRead(accepted.drawn)
         self._has_drafter = runner.parts.drafter.num_lookahead_tokens > 0
         if not self._has_drafter:
             runner.book(inputs)
@@ -396,7 +408,9 @@ class RunningStep:
         count = len(plan.request_ids)
         if self._has_drafter:
             with torch.inference_mode():
-                drafts = self._runner.draft(plan, self._inputs, tokens, self._hidden, rows)
+                drafts = self._runner.draft(
+                    plan, self._inputs, tokens, self._hidden, rows, self._drawn
+                )
         else:
             drafts = [[] for _ in tokens] if steady is None else steady.no_drafts
         clock.lap("draft")
@@ -437,7 +451,7 @@ class RunningStep:
 
 
 class TokensToRead:
-    """Token ids ``[B, K]`` on their way to the host."""
+    """Token ids, of any shape, on their way to the host."""
 
     def __init__(self, token_ids: torch.Tensor) -> None:
         self._host = token_ids
@@ -447,11 +461,11 @@ class TokensToRead:
             self._host.copy_(token_ids, non_blocking=True)
             self._event = torch.cuda.current_stream(token_ids.device).record_event()
 
-    def read(self) -> list[list[int]]:
+    def read(self) -> list[Any]:
         """Wait for them, and for nothing queued after them."""
         if self._event is not None:
             self._event.synchronize()
-        tokens: list[list[int]] = self._host.tolist()
+        tokens: list[Any] = self._host.tolist()
         return tokens
 
 

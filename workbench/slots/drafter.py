@@ -106,6 +106,9 @@ class DraftContext:
     hidden_states : Tensor[B, H] or None
         Hidden state behind each request's last logits, for drafters that read the target; None
         after a prepared step, which keeps none.
+    drawn : list[list[int]] or None
+        What the target drew behind the token before the drafts, then behind each draft of the last
+        step, as many as were verified, for drafters that read it.
     """
 
     request_ids: list[str]
@@ -114,6 +117,7 @@ class DraftContext:
     num_prompt_tokens: list[int]
     rows: list[int] = field(default_factory=list)
     hidden_states: torch.Tensor | None = None
+    drawn: list[list[int]] | None = None
 
     def take(self, indices: list[int]) -> DraftContext:
         """The same of some of the requests."""
@@ -125,6 +129,7 @@ class DraftContext:
             num_prompt_tokens=[self.num_prompt_tokens[i] for i in indices],
             rows=[self.rows[i] for i in indices] if self.rows else [],
             hidden_states=None if hidden is None else hidden[indices],
+            drawn=None if self.drawn is None else [self.drawn[i] for i in indices],
         )
 
 
@@ -161,6 +166,8 @@ class Drafter(Component):
     proposes_trees: bool = False
     #: Whether it reads ``DraftContext.hidden_states``.
     reads_hidden_states: bool = False
+    #: Whether it reads ``DraftContext.drawn``.
+    reads_drawn: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
     num_lookahead_tokens: int = 0
     #: Slots behind a request's last known token that it writes KV to before the target does.

@@ -150,11 +150,14 @@ class Accepted:
         One entry a row of logits, where any was asked for.
     path : Tensor[B, D] int64 or None
         Where drafts are trees, the places of the accepted ones, as of :meth:`DraftsToVerify.path`.
+    drawn : Tensor[L] int64 or None
+        What the target drew itself behind each row of logits, where the verifier had it draw.
     """
 
     token_ids: torch.Tensor
     logprobs: list[TokenLogprobs | None] | None = None
     path: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
 
 
 class AcceptanceCounts:
@@ -231,6 +234,8 @@ class Verifier(Component):
     accepts_drafts: bool = True
     #: Whether drafts may be trees.
     verifies_trees: bool = False
+    #: Whether it has the target draw behind every row of logits, and tells: ``Accepted.drawn``.
+    tells_drawn: bool = False
     #: Whether it tests drafts by what they were drawn from, ``DraftsToVerify.probs``.
     reads_probs: bool = False
     #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest
