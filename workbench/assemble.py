@@ -51,7 +51,7 @@ from workbench.sizing import (
     whole_blocks,
 )
 from workbench.slots.draft_length import FullLength
-from workbench.slots.drafter import Drafter
+from workbench.slots.drafter import Drafter, DrafterHost
 from workbench.slots.kv_cache import KVCacheManager
 from workbench.slots.kv_offload import KVOffload
 from workbench.slots.kv_pool import KVPool
@@ -277,7 +277,9 @@ def _build_runner(
 ) -> tuple[ModelRunner, Profile | None]:
     """The runner, without prepared steps; and what was measured to size its pool."""
     limits = config.limits
-    _build_speculation(builder)
+    drafter, _ = _build_speculation(builder)
+    with torch.no_grad():
+        drafter.load(DrafterHost(decoder, platform.device, dtype, config.weights, config.seed))
     builder.build("attention")
     _build_sampler(builder, platform, dtype)
     builder.build("graph_runner")

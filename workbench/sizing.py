@@ -241,6 +241,7 @@ def predict(
     trash = parts.pool.num_bytes // (parts.pool.num_blocks + 1)
     held = {
         "weights": decoder.weight_bytes_actual,
+        "drafter_weights": parts.drafter.weight_bytes,
         "rope_tables": decoder.rope_bytes,
         "kv_pool": parts.pool.num_bytes - trash,
         "kv_trash_block": trash,

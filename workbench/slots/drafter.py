@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,25 @@ class DraftTokens:
     probs: torch.Tensor | Sequence[torch.Tensor | None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DrafterHost:
+    """What a drafter with weights of its own is loaded beside.
+
+    Attributes
+    ----------
+    target
+        The model that drafts are for, a ``workbench.models.decoder.Decoder`` with its weights.
+    weights
+        ``checkpoint``, or ``random``: then the drafter draws its own as well, by ``seed``.
+    """
+
+    target: Any
+    device: torch.device
+    dtype: torch.dtype
+    weights: str = "checkpoint"
+    seed: int = 0
+
+
 class Drafter(Component):
     """Proposes tokens. Reads the context, keeps what it needs by request id, forgets on finish.
 
@@ -75,6 +95,20 @@ class Drafter(Component):
     reads_hidden_states: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
     num_lookahead_tokens: int = 0
+
+    def load(self, host: DrafterHost) -> None:  # noqa: B027 - most drafters have no weights
+        """Get ready beside a target; called once, before the KV pool is sized.
+
+        Raises
+        ------
+        WorkbenchError
+            Its weights are missing or do not fit the target.
+        """
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its own weights on the device."""
+        return 0
 
     @abstractmethod
     def propose(self, context: DraftContext) -> DraftTokens:
