@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workbench.components import Builder
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.engine.pool_layers import PoolLayers
@@ -113,19 +115,20 @@ def load_drafter(
             expected_tokens=expected_tokens,
         )
 
-    _drafter(builder).load(
-        DrafterHost(
-            target=target,
-            target_folder=source.target_folder,
-            device=target.device,
-            dtype=target.dtype,
-            weights=source.weights,
-            seed=source.seed,
-            max_model_len=source.max_model_len,
-            models_dir=source.models_dir,
-            load_decoder=load_decoder,
+    with torch.no_grad():
+        _drafter(builder).load(
+            DrafterHost(
+                target=target,
+                target_folder=source.target_folder,
+                device=target.device,
+                dtype=target.dtype,
+                weights=source.weights,
+                seed=source.seed,
+                max_model_len=source.max_model_len,
+                models_dir=source.models_dir,
+                load_decoder=load_decoder,
+            )
         )
-    )
 
 
 def bind_drafter(

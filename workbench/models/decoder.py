@@ -235,7 +235,8 @@ class Decoder:
         batch
             Tokens of the step; ``context.batch`` is the same object.
         context
-            Attention backend with its metadata for this step, and the KV pool.
+            Attention backend with its metadata for this step, and the KV pool; hidden states to
+            keep on the way, where some are wanted.
 
         Returns
         -------
@@ -243,10 +244,14 @@ class Decoder:
             The residual stream **before** the final norm. Norm and head run in
             :meth:`compute_logits`, so that they only see the rows whose logits are wanted.
         """
-        residual = self.embed(batch.input_ids)
+        residual, kept = self.embed(batch.input_ids), context.kept
         if self._can_fuse and self.linear.fuses(len(residual)) and not self.adapters.active:
             for layer in self.layers:
+                if kept is not None:
+                    kept.offer(layer.index, residual)
                 layer.forward_fused(residual, context, self.linear)
+            if kept is not None:
+                kept.offer(len(self.layers), residual)
             return residual
         apply: ApplyLinear = self.linear.apply
         apply_gated = self.linear.apply_gated if self.linear.gates(len(residual)) else None
@@ -255,10 +260,16 @@ class Decoder:
         eps, offset = self.spec.norm_eps, self.spec.norm_offset
         x = self.ops.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            if kept is not None:
+                kept.offer(layer.index, residual)
             x = layer.forward(x, residual, context, apply, apply_gated)
             x = self.ops.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
-        last = self.layers[-1].forward(x, residual, context, apply, apply_gated)
-        return residual.add_(last)
+        if kept is not None:
+            kept.offer(self.layers[-1].index, residual)
+        residual.add_(self.layers[-1].forward(x, residual, context, apply, apply_gated))
+        if kept is not None:
+            kept.offer(len(self.layers), residual)
+        return residual
 
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm of ``hidden[L, H]``, as :meth:`forward` returns it; ``[L, H]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -194,6 +194,28 @@ class SdpaAttention(AttentionBackend):
         return []
 
 
+@dataclass(frozen=True, slots=True)
+class KeptHidden:
+    """Hidden states that a forward pass is to keep, for heads that read them.
+
+    Attributes
+    ----------
+    layers
+        Where: ``i`` is the residual stream that enters layer ``i``, with the output of the ``i``
+        layers before it; the number of layers is what leaves the last, before the final norm.
+    states : dict[int, Tensor[T, H]]
+        Copies, by where; filled by the pass.
+    """
+
+    layers: frozenset[int]
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def offer(self, index: int, residual: torch.Tensor) -> None:
+        """Copy ``residual[T, H]``, which goes on to be added to in place, if it is wanted."""
+        if index in self.layers:
+            self.states[index] = residual.clone()
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """What the layers of a model need beside hidden states, for one forward pass."""
@@ -202,3 +224,4 @@ class ForwardContext:
     attention: AttentionBackend
     metadata: Any
     pool: KVPool
+    kept: KeptHidden | None = None
