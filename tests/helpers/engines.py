@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tests.helpers.heads import eagle_head
 from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
@@ -164,6 +165,8 @@ def tiny_engine(
     needed = "engine.drafter.model="
     if "draft_model" in techniques and not any(text.startswith(needed) for text in overrides):
         chosen.append(f"{needed}{folder}")  # of all models, the one whose drafts hold
+    if "eagle" in techniques and not any("engine.drafter.head=" in text for text in overrides):
+        chosen.append(f"engine.drafter.head={eagle_head(folder)}")
     composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))

@@ -178,13 +178,13 @@ def test_what_was_missed_is_made_up_for_step_by_step() -> None:
     )
     drafter: Any = engine.parts.components["drafter"]
     sizes: list[int] = []
-    forward = drafter._runner._forward
+    forward = drafter._runner.forward
 
     def noted(batch: Any) -> Any:
         sizes.append(batch.num_tokens)
         return forward(batch)
 
-    drafter._runner._forward = noted
+    drafter._runner.forward = noted
     prompts = [[5 + i] * 60 for i in range(3)]
     assert tokens_of(engine, prompts) == tokens_of(shared_engine(max_num_seqs=3), prompts)
     assert 1 < max(sizes) <= 16

@@ -74,7 +74,7 @@ class DraftRunner:
         """Run known tokens; logits ``[B, V]`` after the last of each span, in float or the model's
         dtype."""
         batch = self._batch(spans)
-        return self.logits(self._forward(batch), batch.logits_indices)
+        return self.logits(self.forward(batch), batch.logits_indices)
 
     def draft(
         self,
@@ -94,7 +94,17 @@ class DraftRunner:
         Tensor [B, num_drafts] int64
             On the device. Behind the end of a request's blocks they mean nothing.
         """
-        drawn = draw(self.run(spans), 0)
+        return self.draft_from(spans, self.run(spans), num_drafts, draw)
+
+    def draft_from(
+        self,
+        spans: Sequence[Span],
+        logits: torch.Tensor,
+        num_drafts: int,
+        draw: Callable[[torch.Tensor, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """As :meth:`draft`, after spans that were run and gave these logits ``[B, V]``."""
+        drawn = draw(logits, 0)
         drafts = [drawn]
         if num_drafts > 1:
             limits_host = [self.capacity(span.row) for span in spans]
@@ -105,7 +115,7 @@ class DraftRunner:
                     min(length + 1, limit)
                     for length, limit in zip(batch.seq_lens_host, limits_host, strict=True)
                 ]
-                drawn = draw(self.logits(self._forward(batch), None), place)
+                drawn = draw(self.logits(self.forward(batch), None), place)
                 drafts.append(drawn)
         return torch.stack(drafts, dim=1)
 
@@ -116,7 +126,8 @@ class DraftRunner:
             batch, ForwardContext(batch, self.attention, metadata, self.pool)
         )
 
-    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states ``[T, H]``."""
         self.num_passes += 1
         self.num_tokens += batch.num_tokens
         metadata = self.attention.build_metadata(batch)

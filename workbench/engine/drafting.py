@@ -11,7 +11,7 @@ import torch
 from workbench.core.step import SchedulerOutput
 from workbench.engine.trees import fault_of, is_chain
 from workbench.slots.draft_length import DraftLength, FullLength, VerifiedStep
-from workbench.slots.drafter import DraftContext, Drafter, DraftTokens
+from workbench.slots.drafter import DraftContext, Drafter, DraftTokens, FollowedStep
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,6 +100,15 @@ class Drafting:
                 seconds=None if before is None or runs_prompts else now - before,
             )
         )
+
+    def follow(self, step: FollowedStep) -> None:
+        """Show the drafter a step; where it fails, all of the step's requests lose their drafts."""
+        try:
+            self.drafter.follow(step)
+        except Exception as error:
+            for request_id in step.request_ids:
+                if request_id not in self._failed:
+                    self._give_up(request_id, error)
 
     def propose(self, context: DraftContext) -> DraftTokens:
         """Valid drafts by request, in the order of the context; none where the drafter failed, and

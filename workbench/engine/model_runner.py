@@ -25,9 +25,9 @@ from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.upload import upload
 from workbench.engine.verify_step import VerifyStep
-from workbench.slots.attention import AttentionBackend, ForwardContext
+from workbench.slots.attention import AttentionBackend, ForwardContext, KeptHidden
 from workbench.slots.draft_length import DraftLength
-from workbench.slots.drafter import DraftContext, Drafter
+from workbench.slots.drafter import DraftContext, Drafter, FollowedStep
 from workbench.slots.graph_runner import GraphRunner, PreparedStep
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import Sampler, SamplingMetadata
@@ -91,6 +91,7 @@ class ModelRunner:
             parts.verify_step,
             parts.mixed_step,
         )
+        self._kept: KeptHidden | None = None  # of the last step
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -154,11 +155,14 @@ class ModelRunner:
             clock.lap("prepare")
             parts.graph_runner.run(inputs.mixed.step.kind, inputs.mixed.size)
             return inputs.mixed.hidden()
+        metadata, layers = parts.attention.build_metadata(batch), parts.drafter.kept_layers
         context = ForwardContext(
-            batch, parts.attention, parts.attention.build_metadata(batch), parts.pool
+            batch, parts.attention, metadata, parts.pool, KeptHidden(layers) if layers else None
         )
         clock.lap("prepare")
-        return parts.model.forward(batch, context)
+        hidden = parts.model.forward(batch, context)
+        self._kept = context.kept
+        return hidden
 
     def _run_prepared(
         self, inputs: StepInputs, prepared: PreparedRun
@@ -326,6 +330,10 @@ class ModelRunner:
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
         self.drafting.observe(plan, tokens)
+        if self._kept is not None:
+            step = FollowedStep(plan.request_ids, inputs.rows, inputs.batch, self._kept.states)
+            self.drafting.follow(step)
+            self._kept = None
         if hidden is None or not self.parts.drafter.reads_hidden_states:
             last_hidden = None
         else:

@@ -31,7 +31,7 @@ def make_steps(
     step_tokens: int,
 ) -> PreparedSteps:
     """Steps with their buffers, not run yet, for plans of at most ``step_tokens`` tokens."""
-    if not graph_runner.prepares:
+    if not graph_runner.prepares or drafter.kept_layers:  # prepared steps keep no hidden states
         return PreparedSteps()
     max_num_seqs, attention = parts.table.padding_row, parts.attention
     verify = mixed = None

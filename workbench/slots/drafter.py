@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.core.step import SchedulerOutput
+from workbench.core.step import ForwardBatch, SchedulerOutput
 from workbench.slots.attention import AttentionBackend, AttentionLayer
 from workbench.slots.component import Component
 from workbench.slots.graph_runner import GraphRunner, PreparedStep
@@ -87,6 +87,26 @@ class DrafterBinding:
     step_parts: Any
     step_tokens: int
     reads_probs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FollowedStep:
+    """A step of the target, for drafters that run over all of its tokens.
+
+    Attributes
+    ----------
+    request_ids, rows
+        Of the batch, with their rows in the request table, which holds the tokens that came out.
+    batch
+        As the target ran it: ``T`` tokens.
+    kept : dict[int, Tensor[T, H]]
+        Hidden states by layer, those of :attr:`Drafter.kept_layers`.
+    """
+
+    request_ids: list[str]
+    rows: list[int]
+    batch: ForwardBatch
+    kept: dict[int, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -200,6 +220,15 @@ class Drafter(Component):
         """Steps of kind :data:`~workbench.slots.graph_runner.DRAFT` for the graph runner to
         prepare, once it is bound; at most one."""
         return []
+
+    @property
+    def kept_layers(self) -> frozenset[int]:
+        """Hidden states of the target that it follows, as of
+        :class:`~workbench.slots.attention.KeptHidden`; none where it follows no step."""
+        return frozenset()
+
+    def follow(self, step: FollowedStep) -> None:
+        """See every step of the target once its tokens are known, before :meth:`propose`."""
 
     def note_plan(self, plan: SchedulerOutput) -> None:
         """See a step's plan before it runs: requests that start, and blocks that are given out."""

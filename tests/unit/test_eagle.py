@@ -1,0 +1,182 @@
+"""EAGLE heads in the engine: their drafts are those of the trained module, in every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from techniques.draft_heads import EagleModule, Target
+from tests.helpers.engines import check_idle, mixed_prompts, shared_engine, tiny_engine
+from tests.helpers.heads import eagle_head, eagle_module, loaded
+from tests.helpers.tiny_models import tiny_model
+from workbench.core.errors import ConfigError, WorkbenchError
+from workbench.core.sampling import SamplingParams
+from workbench.engine.engine import Engine
+from workbench.slots.drafter import DraftContext, DraftTokens
+
+PAGED = ("engine/kv_cache=paged", "engine/scheduler=continuous", "engine.kv_cache.block_size=4")
+KV = {
+    "contiguous": (),
+    "paged": PAGED,
+    "cached": (
+        *PAGED,
+        "engine/prefix_cache=radix",
+        "engine/eviction=lru",
+        "engine/prefill=chunked",
+        "engine.prefill.chunk_tokens=17",
+    ),
+}
+NEW = 18
+
+
+def target() -> Path:
+    return tiny_model("llama", num_hidden_layers=6)
+
+
+def engine_with(kind: str, *settings: str, draft_vocab_size: int = 0, **more: Any) -> Engine:
+    head = eagle_head(target(), kind, draft_vocab_size)
+    chosen = ("engine/drafter=eagle", "engine/verifier=exact_match", f"engine.drafter.head={head}")
+    return tiny_engine(*chosen, *settings, model=target(), max_num_seqs=3, **more)
+
+
+@torch.no_grad()
+def chain(module: EagleModule, known: list[int], count: int) -> list[int]:
+    """What the module drafts after known tokens, by itself."""
+    decoder = loaded(target())
+    states = Target(decoder).hidden_states([known[:-1]], module.spec.aux_layers)
+    hidden = states.kept if module.spec.kind == "eagle3" else states.final
+    drafts: list[int] = []
+    for step in range(count):
+        ids = torch.tensor([[*known, *drafts]])
+        features = module(hidden, ids, step + 1)[-1][0, -1]
+        drafts.append(int(module.draft_ids[module.logits(features).argmax()]))
+    return drafts
+
+
+def check_every_draft(engine: Engine, module: EagleModule) -> list[int]:
+    """From now on hold each proposal against the module; the list gets their lengths."""
+    drafter: Any = engine.parts.components["drafter"]
+    propose, lengths = drafter.propose, []
+
+    def checked(context: DraftContext) -> DraftTokens:
+        drafts = propose(context)
+        for known, found in zip(context.token_ids, drafts.token_ids, strict=True):
+            assert found == chain(module, known.tolist(), len(found))
+            lengths.append(len(found))
+        return drafts
+
+    drafter.propose = checked
+    return lengths
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_are_the_modules_in_every_step(kind: str, kv: str) -> None:
+    """Behind prompts in pieces, cached prefixes, drafts that held and drafts that did not."""
+    prompts = mixed_prompts(6, longest=40, seed=4)
+    params = [SamplingParams(max_tokens=NEW - i, ignore_eos=True) for i in range(len(prompts))]
+    plain = tiny_engine(*KV[kv], model=target(), max_num_seqs=3)
+    wanted = [o.token_ids for o in plain.generate(prompts, params)]
+    engine = engine_with(kind, *KV[kv])
+    lengths = check_every_draft(engine, eagle_module(target(), kind))
+    for _ in range(2):
+        assert [o.token_ids for o in engine.generate(prompts, params)] == wanted
+        check_idle(engine)
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0
+    assert counts["verifier.accepted_tokens"] > 0
+    assert lengths.count(5) > 20
+
+
+def test_a_cached_prefix_that_goes_on_otherwise() -> None:
+    """The last pair of the prefix has the other text's next token: a draft may be worse for it."""
+    prompts = mixed_prompts(3, longest=40, seed=4)
+    prompts += [prompt + [7, 9] for prompt in prompts]
+    params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 6
+    wanted = [o.token_ids for o in tiny_engine(model=target()).generate(prompts, params)]
+    engine = engine_with("eagle3", *KV["cached"])
+    assert [o.token_ids for o in engine.generate(prompts, params)] == wanted
+    assert engine.counters()["verifier.accepted_tokens"] > 0
+
+
+def test_a_reduced_vocabulary() -> None:
+    module = eagle_module(target(), "eagle3", 40)
+    engine = engine_with("eagle3", *PAGED, draft_vocab_size=40)
+    lengths = check_every_draft(engine, module)
+    prompts = mixed_prompts(3, seed=1)
+    params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 3
+    engine.generate(prompts, params)
+    assert engine.counters()["drafter.failures"] == 0 and sum(lengths) > 30
+    # Drawn drafts and what they were drawn from, of those ids alone.
+    chosen = ("engine/drafter=eagle", "engine/verifier=rejection")
+    head = f"engine.drafter.head={eagle_head(target(), 'eagle3', 40)}"
+    drawing = tiny_engine(*chosen, head, model=target())
+    sampled = [
+        SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=1.0, seed=i) for i in (1, 2)
+    ]
+    drawing.generate(prompts[:2], sampled)
+    assert drawing.counters()["drafter.failures"] == 0
+    assert drawing.counters()["verifier.accepted_tokens"] > 0
+
+
+def test_seeded_draws_are_those_without_it() -> None:
+    prompts = mixed_prompts(4, seed=2)
+    params = [
+        SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.8, seed=i) for i in range(4)
+    ]
+    wanted = tiny_engine(*PAGED, model=target()).generate(prompts, params)
+    found = engine_with("eagle3", *PAGED).generate(prompts, params)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+
+
+def test_the_ledger_knows_the_head() -> None:
+    held = engine_with("eagle3").parts.ledger.predicted
+    without = tiny_engine(model=target(), max_num_seqs=3).parts.ledger.predicted
+    assert held["drafter"] > 0
+    assert held["kv_pool"] == without["kv_pool"] * 7 // 6  # one layer more
+
+
+def test_random_weights_draw_a_head() -> None:
+    engine = tiny_engine(
+        "weights=random", "engine.drafter.draft_vocab_size=50", techniques=["eagle"]
+    )
+    engine.generate(mixed_prompts(2), [SamplingParams(max_tokens=8, ignore_eos=True)] * 2)
+    assert engine.counters()["drafter.drafted_tokens"] > 0
+
+
+def test_a_failing_head_costs_drafts_alone() -> None:
+    engine = engine_with("eagle3")
+    drafter: Any = engine.parts.components["drafter"]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such layer")
+
+    drafter._model.start = fails
+    prompts = mixed_prompts(2)
+    params = [SamplingParams(max_tokens=8, ignore_eos=True)] * 2
+    found = [o.token_ids for o in engine.generate(prompts, params)]
+    assert found == [o.token_ids for o in tiny_engine(model=target()).generate(prompts, params)]
+    assert engine.counters()["drafter.failures"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["engine.drafter.head=null"], r"engine.drafter.head names no trained head.*train_head"),
+        (["engine.drafter.kind=eagle9"], r"eagle9"),
+        (["engine.drafter.num_draft_tokens=0"], r"num_draft_tokens=0 must be 1 or more"),
+    ],
+)
+def test_bad_options_are_named(settings: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_engine("engine/drafter=eagle", "engine/verifier=exact_match", *settings)
+
+
+def test_a_head_for_another_model_is_refused() -> None:
+    head = eagle_head(tiny_model("llama", hidden_size=32, head_dim=16, num_key_value_heads=1))
+    with pytest.raises(WorkbenchError, match="hidden size of 32, and the target has 64"):
+        tiny_engine(f"engine.drafter.head={head}", techniques=["eagle"])
+    assert shared_engine(max_num_seqs=3)
