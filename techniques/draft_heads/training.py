@@ -296,7 +296,11 @@ class Trainer:
         following = hidden.final.reshape(-1, hidden.final.shape[-1])[base + shift - 1]
         logits = torch.nn.functional.linear(following, self.lm_head)
         has_likeliest = self.to_draft[logits.argmax(-1)] >= 0
-        base, following, logits = base[has_likeliest], following[has_likeliest], logits[has_likeliest]
+        base, following, logits = (
+            base[has_likeliest],
+            following[has_likeliest],
+            logits[has_likeliest],
+        )
         if not len(base):
             return None
         probs = logits[:, self.draft_ids].float().softmax(-1)
