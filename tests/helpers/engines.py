@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tests.helpers.heads import eagle_head
+from tests.helpers.eagle_heads import eagle_head
+from tests.helpers.heads import untrained_heads
 from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
@@ -45,12 +46,17 @@ def node_of(slot: str, option: str) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
+def takes_weights(drafter: type[Drafter]) -> bool:
+    """Whether it runs a model or heads of its own."""
+    return drafter.load is not Drafter.load
+
+
 def drafters_by_tokens() -> list[str]:
     """Options of ``drafter`` that read tokens alone; the others need an engine around them."""
     return [
         option
         for option in options_of("engine/drafter")
-        if load_class(node_of("drafter", option)["_target_"]).bind is Drafter.bind
+        if not takes_weights(load_class(node_of("drafter", option)["_target_"]))
     ]
 
 
@@ -165,8 +171,11 @@ def tiny_engine(
     needed = "engine.drafter.model="
     if "draft_model" in techniques and not any(text.startswith(needed) for text in overrides):
         chosen.append(f"{needed}{folder}")  # of all models, the one whose drafts hold
-    if "eagle" in techniques and not any("engine.drafter.head=" in text for text in overrides):
-        chosen.append(f"engine.drafter.head={eagle_head(folder)}")
+    if not any("engine.drafter.head=" in text for text in overrides):
+        if "eagle" in techniques:
+            chosen.append(f"engine.drafter.head={eagle_head(folder)}")
+        if "medusa" in techniques:
+            chosen.append(f"engine.drafter.head={untrained_heads(folder)}")
     composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from techniques.draft_heads import EagleModule, Target
+from tests.helpers.eagle_heads import eagle_head, eagle_module, loaded
 from tests.helpers.engines import check_idle, mixed_prompts, shared_engine, tiny_engine
-from tests.helpers.heads import eagle_head, eagle_module, loaded
 from tests.helpers.tiny_models import tiny_model
 from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams

@@ -1,4 +1,4 @@
-"""Which command: run (the default), fetch, list, doctor, report."""
+"""Which command: run (the default), fetch, list, doctor, report, train_head."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ python -m workbench doctor                  what this machine can run, and its c
 python -m workbench report FILE.jsonl       draw the figure of recorded runs again; or latest
 python -m workbench report --timeline FILE  where its steps' time went; --trace OUT.json
 python -m workbench report --memory FILE    where its bytes lie, predicted and measured
+python -m workbench train_head kind=NAME    train a draft head on text that the model writes itself
 python -m workbench -m +technique=A,B ...   a Hydra sweep
 python -m workbench --cfg [key=value ...]   the composed configuration, without running it
 
@@ -88,11 +89,18 @@ def _report(arguments: list[str]) -> int:
     return report_command(arguments)
 
 
+def _train_head(arguments: list[str]) -> int:
+    from workbench.cli.train_head import train_head_command
+
+    return train_head_command(arguments)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fetch": _fetch,
     "list": _list,
     "doctor": _doctor,
     "report": _report,
+    "train_head": _train_head,
 }
 
 

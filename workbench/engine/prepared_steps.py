@@ -31,7 +31,8 @@ def make_steps(
     step_tokens: int,
 ) -> PreparedSteps:
     """Steps with their buffers, not run yet, for plans of at most ``step_tokens`` tokens."""
-    if not graph_runner.prepares or drafter.kept_layers:  # prepared steps keep no hidden states
+    reads_hidden_states = drafter.kept_layers or drafter.reads_hidden_states
+    if not graph_runner.prepares or reads_hidden_states:  # which prepared steps do not keep
         return PreparedSteps()
     max_num_seqs, attention = parts.table.padding_row, parts.attention
     verify = mixed = None

@@ -1,0 +1,165 @@
+"""Drafts from heads on the target's last hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from techniques.draft_heads import HeadSpec, MedusaHead, Target, check_target, load_head
+from workbench.core.errors import ConfigError
+from workbench.models.decoder import Decoder
+from workbench.slots.drafter import DraftContext, Drafter, DrafterHost, DraftTokens
+
+_HOW_TO_TRAIN = (
+    "Train one with `python -m workbench train_head kind=medusa model=MODEL out=FOLDER` and give "
+    "engine.drafter.head=FOLDER, or measure the shape alone with weights=random."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaConfig:
+    """Options of :class:`Medusa`.
+
+    Attributes
+    ----------
+    head
+        Folder of the trained heads; empty is only valid with random weights.
+    num_draft_tokens
+        Most drafts a request a step, one a head.
+    random_draft_vocab
+        With random weights: ids that the heads can propose; 0 takes all.
+    """
+
+    head: str = ""
+    num_draft_tokens: int = 3
+    random_draft_vocab: int = 8192
+
+
+class Medusa(Drafter):
+    """Proposes the likeliest token of each head.
+
+    The hidden state that the target's last logits came from is all that is read, so drafts cost a
+    few small products, and nothing is kept of a request. After a step whose hidden states were not
+    kept, nothing is proposed, and ``steps_without_hidden`` counts it.
+    """
+
+    Config = MedusaConfig
+    config: MedusaConfig
+    reads_hidden_states = True
+
+    def __init__(self, config: MedusaConfig) -> None:
+        super().__init__(config)
+        if config.num_draft_tokens < 1:
+            raise ConfigError(
+                f"engine.drafter.num_draft_tokens={config.num_draft_tokens} must be 1 or more."
+            )
+        if config.random_draft_vocab < 0:
+            raise ConfigError(
+                f"engine.drafter.random_draft_vocab={config.random_draft_vocab} must be 0 (all) or "
+                "more."
+            )
+        self.num_lookahead_tokens = config.num_draft_tokens
+        self._heads: MedusaHead | None = None
+        self._target: Decoder | None = None
+        self._weight_bytes = 0
+        self.reset_counters()
+
+    def load(self, host: DrafterHost) -> None:
+        target = Target(host.target)
+        if host.weights == "random":
+            heads = _random_heads(self.config, target, host)
+        else:
+            heads = self._trained_heads(target, host)
+        heads.requires_grad_(False)
+        self._heads, self._target = heads, host.target
+        self._weight_bytes = _num_bytes(heads, host.target)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def propose(self, context: DraftContext) -> DraftTokens:
+        hidden = context.hidden_states
+        if hidden is None:
+            self._steps_without_hidden += bool(context.request_ids)
+            return DraftTokens([[] for _ in context.request_ids])
+        best = self.candidates(hidden, 1)[..., 0].tolist()
+        drafts = [
+            row[: max(0, limit)] for row, limit in zip(best, context.max_draft_tokens, strict=True)
+        ]
+        self._drafted_tokens += sum(map(len, drafts))
+        return DraftTokens(drafts)
+
+    def candidates(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        """Likeliest ids of each head that drafts, best first: int64 ``[B, K, count]``, from hidden
+        states ``[B, H]`` before the final norm."""
+        assert self._heads is not None and self._target is not None, "load() was not called"
+        found = self._heads.top(self._target.normalize(hidden), count)
+        return found[:, : self.num_lookahead_tokens]
+
+    def finish(self, request_id: str) -> None: ...
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "drafted_tokens": self._drafted_tokens,
+            "steps_without_hidden": self._steps_without_hidden,
+        }
+
+    def reset_counters(self) -> None:
+        self._drafted_tokens = 0
+        self._steps_without_hidden = 0
+
+    def _trained_heads(self, target: Target, host: DrafterHost) -> MedusaHead:
+        folder, wanted = self.config.head, self.config.num_draft_tokens
+        if not folder:
+            raise ConfigError(
+                f"engine.drafter.head is not set: no heads are known. {_HOW_TO_TRAIN}"
+            )
+        loaded = load_head(folder, target.spec)
+        spec = loaded.spec
+        if spec.kind != "medusa":
+            raise ConfigError(
+                f"engine.drafter.head={folder} holds a head of kind {spec.kind}, not Medusa heads. "
+                + _HOW_TO_TRAIN
+            )
+        check_target(loaded, target)
+        if spec.num_heads < wanted:
+            raise ConfigError(
+                f"engine.drafter.num_draft_tokens={wanted} is over the {spec.num_heads} heads in "
+                f"{folder}; valid: 1 to {spec.num_heads}."
+            )
+        d2t = loaded.d2t
+        lm_head = target.lm_head() if spec.shares_lm_head else None
+        with torch.device(host.device):
+            heads = MedusaHead(spec, lm_head, None if d2t is None else d2t.to(host.device))
+        heads.load_state_dict(loaded.state, strict=False)  # names were checked when it was read
+        return heads.to(host.device, host.dtype)
+
+
+def _random_heads(config: MedusaConfig, target: Target, host: DrafterHost) -> MedusaHead:
+    """Heads of a shape that says how fast they are, drawn by the seed."""
+    vocab = target.spec.vocab_size
+    spec = HeadSpec(
+        kind="medusa",
+        hidden_size=target.spec.hidden_size,
+        vocab_size=vocab,
+        draft_vocab_size=min(config.random_draft_vocab or vocab, vocab),
+        num_heads=config.num_draft_tokens,
+    )
+    size = spec.draft_vocab_size
+    d2t = torch.zeros(size, dtype=torch.int64, device=host.device)
+    with torch.device(host.device):
+        heads = MedusaHead(spec, None, d2t if spec.has_reduced_vocab else None).to(host.dtype)
+    generator = torch.Generator(host.device).manual_seed(host.seed)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=target.spec.initializer_range, generator=generator)
+    return heads
+
+
+def _num_bytes(heads: MedusaHead, target: Decoder) -> int:
+    """Bytes of the heads; a shared output layer counts where it is a copy."""
+    tensors = [*heads.parameters(), *heads.buffers()]
+    tensors += [t for t in heads._shared if t is not None and t is not target.embedding]
+    return sum(t.numel() * t.element_size() for t in tensors)
