@@ -92,7 +92,7 @@ class Eagle(Drafter):
             if self.config.head is None:
                 raise ConfigError(
                     "engine.drafter.head names no trained head. Train one with `python -m "
-                    "workbench train_head head=eagle3`, or name the folder of a published one "
+                    "workbench train_head kind=eagle3`, or name the folder of a published one "
                     "for this model."
                 )
             loaded = load_head(Path(self.config.head).expanduser(), target.spec)

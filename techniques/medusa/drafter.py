@@ -25,14 +25,14 @@ class MedusaConfig:
     Attributes
     ----------
     head
-        Folder of the trained heads; empty is only valid with random weights.
+        Folder of the trained heads; not read with random weights.
     num_draft_tokens
         Most drafts a request a step, one a head.
     random_draft_vocab
         With random weights: ids that the heads can propose; 0 takes all.
     """
 
-    head: str = ""
+    head: str | None = None
     num_draft_tokens: int = 3
     random_draft_vocab: int = 8192
 

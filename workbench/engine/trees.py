@@ -57,7 +57,7 @@ def static_tree(
     top_tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]], limit: int
 ) -> tuple[list[int], list[int]]:
     """A tree of one shape for all: each node is a path of ranks, ``(0, 2)`` being the third
-    likeliest token at depth 2 behind the likeliest at depth 1 (Medusa, arXiv:2401.10774,
+    likeliest token at depth 2 behind the likeliest at depth 1 (Cai et al. 2024, arXiv:2401.10774,
     section 2.1.2).
 
     Parameters
@@ -92,7 +92,7 @@ def static_tree(
 def select_tree(
     confidences: Sequence[float], parents: Sequence[int], limit: int
 ) -> tuple[list[int], list[int]]:
-    """The nodes of most confidence that hang together (EAGLE-2, arXiv:2406.16858, section 4.2).
+    """The nodes of most confidence that hang together (Li et al. 2024, arXiv:2406.16858, section 4.2).
 
     Parameters
     ----------
