@@ -143,7 +143,8 @@ def head_shapes(spec: HeadSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _medusa_shapes(spec: HeadSpec) -> dict[str, tuple[int, ...]]:
-    hidden, shapes = spec.hidden_size, {}
+    hidden = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
     for head in range(spec.num_heads):
         for layer in range(spec.num_layers):
             shapes[f"{head}.{layer}.linear.weight"] = (hidden, hidden)
@@ -219,7 +220,7 @@ def _check_tensors(spec: HeadSpec, state: Mapping[str, torch.Tensor], folder: Pa
         )
     if "d2t" in state:
         ids = state["d2t"].long() + torch.arange(spec.draft_vocab_size)
-        if ids.min() < 0 or ids.max() >= spec.vocab_size or len(ids.unique()) != len(ids):
+        if ids.min() < 0 or ids.max() >= spec.vocab_size or len(set(ids.tolist())) != len(ids):
             raise WorkbenchError(
                 f"the map d2t in {folder} does not give {spec.draft_vocab_size} different ids from "
                 f"0 to {spec.vocab_size - 1}."

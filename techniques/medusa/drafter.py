@@ -25,14 +25,14 @@ class MedusaConfig:
     Attributes
     ----------
     head
-        Folder of the trained heads; empty is only valid with random weights.
+        Folder of the trained heads; None is only valid with random weights.
     num_draft_tokens
         Most drafts a request a step, one a head.
     random_draft_vocab
         With random weights: ids that the heads can propose; 0 takes all.
     """
 
-    head: str = ""
+    head: str | None = None
     num_draft_tokens: int = 3
     random_draft_vocab: int = 8192
 
@@ -115,7 +115,7 @@ class Medusa(Drafter):
         folder, wanted = self.config.head, self.config.num_draft_tokens
         if not folder:
             raise ConfigError(
-                f"engine.drafter.head is not set: no heads are known. {_HOW_TO_TRAIN}"
+                f"engine.drafter.head is not set: there are no heads. {_HOW_TO_TRAIN}"
             )
         loaded = load_head(folder, target.spec)
         spec = loaded.spec

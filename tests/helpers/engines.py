@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tests.helpers.heads import untrained_heads
 from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
@@ -130,6 +131,13 @@ def together() -> tuple[str, ...]:
     return tuple(with_requirements(chosen))
 
 
+def needed_settings(techniques: Sequence[str], model: Path) -> list[str]:
+    """Overrides without which a technique cannot be built: weights of its own."""
+    if "medusa" not in techniques:
+        return []
+    return [f"engine.drafter.head={untrained_heads(model)}"]
+
+
 def tiny_engine(
     *overrides: str,
     techniques: Sequence[str] = (),
@@ -151,7 +159,8 @@ def tiny_engine(
     """
     chosen = [f"+technique=[{','.join(techniques)}]"] if techniques else []
     folder = model or tiny_model("llama")
-    composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
+    needed = needed_settings(techniques, folder) if "weights=random" not in overrides else []
+    composed = compose_config([f"model={folder}", "dtype=float32", *needed, *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))
 

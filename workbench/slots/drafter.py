@@ -96,7 +96,7 @@ class Drafter(Component):
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
     num_lookahead_tokens: int = 0
 
-    def load(self, host: DrafterHost) -> None:  # noqa: B027 - most drafters have no weights
+    def load(self, host: DrafterHost) -> None:
         """Get ready beside a target; called once, before the KV pool is sized.
 
         Raises
