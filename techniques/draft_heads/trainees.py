@@ -197,8 +197,27 @@ class TrainMedusa(Trainee):
         return F.cross_entropy(logits.float(), wanted.draft_ids)
 
 
-class TrainEagle3(Trainee):
-    """EAGLE-3: unrolled on its own features, with the target's probabilities to follow."""
+class TrainUnrolled(Trainee):
+    """An EAGLE head of either kind, unrolled on its own features."""
+
+    def make(self, spec: HeadSpec, target: Target, d2t: torch.Tensor | None) -> nn.Module:
+        module = EagleModule(spec, target.embedding(), target.lm_head(), d2t)
+        return module.float().to(target.decoder.device)
+
+    def features(
+        self, module: nn.Module, hidden: HiddenStates, token_ids: torch.Tensor, num_steps: int
+    ) -> list[torch.Tensor]:
+        assert isinstance(module, EagleModule)
+        states = _as_matrices(hidden.kept if module.is_third else hidden.final)
+        return module(states, token_ids, num_steps)  # type: ignore[no-any-return]
+
+    def logits(self, module: nn.Module, step: int, features: torch.Tensor) -> torch.Tensor:
+        assert isinstance(module, EagleModule)
+        return module.logits(features)
+
+
+class TrainEagle3(TrainUnrolled):
+    """EAGLE-3: follows the target's probabilities over as many steps as it drafts."""
 
     Options = Eagle3Options
     options: Eagle3Options
@@ -219,30 +238,15 @@ class TrainEagle3(Trainee):
         }
         return HeadSpec.from_config(config)
 
-    def make(self, spec: HeadSpec, target: Target, d2t: torch.Tensor | None) -> nn.Module:
-        module = EagleModule(spec, target.embedding(), target.lm_head(), d2t)
-        return module.float().to(target.decoder.device)
 
-    def features(
-        self, module: nn.Module, hidden: HiddenStates, token_ids: torch.Tensor, num_steps: int
-    ) -> list[torch.Tensor]:
-        assert isinstance(module, EagleModule)
-        states = _as_matrices(hidden.kept if module.is_third else hidden.final)
-        return module(states, token_ids, num_steps)  # type: ignore[no-any-return]
-
-    def logits(self, module: nn.Module, step: int, features: torch.Tensor) -> torch.Tensor:
-        assert isinstance(module, EagleModule)
-        return module.logits(features)
-
-
-class TrainEagle(TrainEagle3):
+class TrainEagle(TrainUnrolled):
     """EAGLE: its features follow the target's hidden states, its guesses the probabilities."""
 
-    Options = EagleOptions  # type: ignore[assignment]
-    options: EagleOptions  # type: ignore[assignment]
+    Options = EagleOptions
+    options: EagleOptions
 
     def __init__(self, options: EagleOptions) -> None:
-        Trainee.__init__(self, options)
+        super().__init__(options)
         self.num_steps = options.num_unroll
 
     def spec(self, target: Target, draft_vocab_size: int) -> HeadSpec:

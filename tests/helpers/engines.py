@@ -147,6 +147,18 @@ def together() -> tuple[str, ...]:
     return tuple(with_requirements(chosen))
 
 
+def needed_settings(techniques: Sequence[str], model: Path) -> list[str]:
+    """Overrides without which a technique cannot be built: weights of its own."""
+    needed = []
+    if "draft_model" in techniques:  # of all models, the one whose drafts hold
+        needed.append(f"engine.drafter.model={model}")
+    if "eagle" in techniques:
+        needed.append(f"engine.drafter.head={eagle_head(model)}")
+    if "medusa" in techniques:
+        needed.append(f"engine.drafter.head={untrained_heads(model)}")
+    return needed
+
+
 def tiny_engine(
     *overrides: str,
     techniques: Sequence[str] = (),
@@ -168,15 +180,11 @@ def tiny_engine(
     """
     chosen = [f"+technique=[{','.join(techniques)}]"] if techniques else []
     folder = model or tiny_model("llama")
-    needed = "engine.drafter.model="
-    if "draft_model" in techniques and not any(text.startswith(needed) for text in overrides):
-        chosen.append(f"{needed}{folder}")  # of all models, the one whose drafts hold
-    if not any("engine.drafter.head=" in text for text in overrides):
-        if "eagle" in techniques:
-            chosen.append(f"engine.drafter.head={eagle_head(folder)}")
-        if "medusa" in techniques:
-            chosen.append(f"engine.drafter.head={untrained_heads(folder)}")
-    composed = compose_config([f"model={folder}", "dtype=float32", *overrides, *chosen])
+    # Random weights need no folder of heads; another model that drafts they do.
+    needed = needed_settings(techniques, folder)
+    if "weights=random" in overrides:
+        needed = [text for text in needed if "head=" not in text]
+    composed = compose_config([f"model={folder}", "dtype=float32", *needed, *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))
 

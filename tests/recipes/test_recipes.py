@@ -12,7 +12,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE, why_not_here
+from tests.helpers.engines import FIRST_ORDINARY_ID, VOCAB_SIZE, needed_settings, why_not_here
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits
 from workbench.bench.load import LoadGenerator, Offline
@@ -32,11 +32,13 @@ def recipes() -> Iterator[str]:
 
 
 def on_a_tiny_model(recipe: str) -> list[str]:
+    model = tiny_model("llama")
     return [
         recipe,
         "engine/platform=cpu",
         "model=smollm2",  # the group's option without a shape of its own
-        f"model.name={tiny_model('llama')}",
+        f"model.name={model}",
+        *needed_settings([recipe.partition("=")[2]], model),
         "weights=checkpoint",
     ]
 

@@ -15,7 +15,14 @@ from typing import Any, get_args
 
 import pytest
 
-from tests.helpers.engines import TECHNIQUES, check_idle, node_of, tiny_engine, why_not_here
+from tests.helpers.engines import (
+    TECHNIQUES,
+    check_idle,
+    needed_settings,
+    node_of,
+    tiny_engine,
+    why_not_here,
+)
 from tests.helpers.pages import (
     GUIDE,
     REPO,
@@ -363,8 +370,8 @@ def test_measuring_command_of_a_readme_passes_its_gates(
         "code_edit": ["workload.num_requests=1", "workload.apply_chat_template=false"],
         "mixed": ["workload.max_output_len=40"],
     }.get(marker.measure["workload"], [])
-    if marker.slots.get("drafter") == "draft_model":
-        smaller += [f"engine.drafter.model={tiny_model('llama', max_position_embeddings=4096)}"]
+    if "weights=random" not in overrides:
+        smaller += needed_settings([name], tiny_model("llama", max_position_embeddings=4096))
     if marker.slots.get("attention") == "flex":  # not compiled on a CPU
         smaller += ["workload.num_requests=4"]
     results = cli_run.measure([*overrides, *smaller, f"results_dir={tmp_path}"])

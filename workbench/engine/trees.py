@@ -92,7 +92,8 @@ def static_tree(
 def select_tree(
     confidences: Sequence[float], parents: Sequence[int], limit: int
 ) -> tuple[list[int], list[int]]:
-    """The nodes of most confidence that hang together (Li et al. 2024, arXiv:2406.16858, section 4.2).
+    """The nodes of most confidence that hang together (Li et al. 2024, section 4.2 of
+    arXiv:2406.16858).
 
     Parameters
     ----------
