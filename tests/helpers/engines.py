@@ -138,11 +138,15 @@ def why_not_here(technique: str) -> str | None:
 
 
 @functools.cache
-def together() -> tuple[str, ...]:
-    """As many techniques as can run here at once, and what they require, required ones first."""
-    chosen: list[str] = []
+def together(*first: str) -> tuple[str, ...]:
+    """As many techniques as can run here at once, and what they require, required ones first.
+
+    ``first`` are among them, where nothing speaks against it.
+    """
+    chosen: list[str] = [*first]
     for name in TECHNIQUES:
-        if why_not_here(name) is None and not declared_conflict([*chosen, name]):
+        clashes = name in chosen or declared_conflict([*chosen, name])
+        if why_not_here(name) is None and not clashes:
             chosen.append(name)
     return tuple(with_requirements(chosen))
 

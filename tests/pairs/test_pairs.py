@@ -85,9 +85,25 @@ NEEDS_A_GPU = {
 NEEDS_A_COMPILER = {"torch_compile"}
 
 
+#: Ways to speculate that meet the rest of the engine as another one does: chains looked up in the
+#: text as ``spec_decode``, trees as ``suffix_tree``, KV of drafts as ``draft_model``, hidden states
+#: as ``eagle``. Each runs with all that it may be combined with at once, instead of in pairs.
+ALIKE = (
+    "suffix_decoding",
+    "lookahead_decoding",
+    "layer_skip",
+    "medusa",
+    "rejection_sampling",
+    "typical_acceptance",
+    "synthetic_acceptance",
+)
+
+
 def sets_of_techniques() -> list[tuple[str, ...]]:
     singles = [(name,) for name in TECHNIQUES]
-    return [*singles, *itertools.combinations(TECHNIQUES, 2), together()]
+    others = [name for name in TECHNIQUES if name not in ALIKE]
+    speculating = [together(name) for name in ALIKE if why_not_here(name) is None]
+    return [*singles, *itertools.combinations(others, 2), together(), *speculating]
 
 
 def build(names: tuple[str, ...]) -> Engine:
