@@ -364,7 +364,8 @@ def test_measuring_command_of_a_readme_passes_its_gates(
     if name != TEMPLATE and (reason := why_not_here(name)):
         pytest.skip(reason)
     monkeypatch.setattr(cli_run, "measure_ceilings", lambda device: None)
-    smaller = [f"model={tiny_model('llama', max_position_embeddings=4096)}", "dtype=float32"]
+    model = tiny_model("llama", max_position_embeddings=4096)
+    smaller = [f"model={model}", "dtype=float32", *needed_settings([name], model)]
     smaller += ["baselines=[]", "bench.reference=base", "bench.rounds=1", "bench.warmup=0"]
     smaller += {
         "code_edit": ["workload.num_requests=1", "workload.apply_chat_template=false"],
