@@ -365,14 +365,14 @@ def test_measuring_command_of_a_readme_passes_its_gates(
         pytest.skip(reason)
     monkeypatch.setattr(cli_run, "measure_ceilings", lambda device: None)
     model = tiny_model("llama", max_position_embeddings=4096)
-    smaller = [f"model={model}", "dtype=float32", *needed_settings([name], model)]
+    smaller = [f"model={model}", "dtype=float32"]
+    if "weights=random" not in overrides:
+        smaller += needed_settings([name], model)
     smaller += ["baselines=[]", "bench.reference=base", "bench.rounds=1", "bench.warmup=0"]
     smaller += {
         "code_edit": ["workload.num_requests=1", "workload.apply_chat_template=false"],
         "mixed": ["workload.max_output_len=40"],
     }.get(marker.measure["workload"], [])
-    if "weights=random" not in overrides:
-        smaller += needed_settings([name], tiny_model("llama", max_position_embeddings=4096))
     if marker.slots.get("attention") == "flex":  # not compiled on a CPU
         smaller += ["workload.num_requests=4"]
     results = cli_run.measure([*overrides, *smaller, f"results_dir={tmp_path}"])
