@@ -28,6 +28,8 @@ from workbench.core.errors import unknown_name
 DRAFTERS = {
     "ngram": ("+technique=spec_decode",),
     "suffix": ("+technique=suffix_decoding",),
+    "suffix_tree": ("+technique=[suffix_decoding,suffix_tree]",),
+    "lookahead": ("+technique=lookahead_decoding",),
 }
 
 

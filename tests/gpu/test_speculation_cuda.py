@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.helpers.engines import component
+from tests.helpers.engines import component, needed_settings
 from tests.helpers.gpu_checks import run_as_program, run_under_pytest
 from tests.helpers.tiny_models import tiny_model
 from workbench.assemble import Limits, build_engine
@@ -24,7 +24,14 @@ TECHNIQUES = {
     "rejection": ("rejection_sampling",),
     "typical": ("typical_acceptance",),
     "adaptive": ("spec_decode", "adaptive_drafts"),
+    "suffix tree": ("suffix_decoding", "suffix_tree"),
+    "lookahead": ("lookahead_decoding",),
+    "draft model": ("draft_model",),
+    "layer skip": ("layer_skip",),
+    "eagle": ("eagle",),
+    "medusa": ("medusa",),
 }
+GRAPHS = ("triton_attention", "cuda_graphs")
 NUM_REQUESTS, NUM_DRAFTS, VOCAB = 64, 4, 512
 
 
@@ -96,25 +103,37 @@ def check_greedy_verification_does_not_wait() -> None:
 
 
 def check_engines_write_what_they_write_without_drafts() -> None:
-    folder = tiny_model("llama", vocab_size=VOCAB)
-    prompts = [[9, 9, 9], [80] * 12, [40, 41, 42] * 6]
-
-    def outputs(*techniques: str) -> tuple[list[list[int]], dict[str, float]]:
-        names = ",".join(("continuous_batching", "paged_attention", *techniques))
-        composed = compose_config(
-            [f"model={folder}", "dtype=float32", "engine/platform=cuda", f"+technique=[{names}]"]
-        )
-        limits = Limits(max_num_seqs=3, max_model_len=128, kv_pool_tokens=512)
-        engine = build_engine(engine_config(composed, limits, download=False))
-        found = engine.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
-        return [o.token_ids for o in found], engine.counters()
-
     expected, _ = outputs()
     for name, techniques in TECHNIQUES.items():
         found, counters = outputs(*techniques)
         assert found == expected, name
         assert counters["drafter.failures"] == 0
-        assert name == "adaptive" or counters["verifier.accepted_tokens"] > 0, name
+        assert name in ("adaptive", "layer skip") or counters["verifier.accepted_tokens"] > 0, name
+
+
+def outputs(*techniques: str) -> tuple[list[list[int]], dict[str, float]]:
+    """What an engine with these techniques writes, and its counters."""
+    folder = tiny_model("llama", vocab_size=VOCAB)
+    prompts = [[9, 9, 9], [80] * 12, [40, 41, 42] * 6]
+    names = ",".join(("continuous_batching", "paged_attention", *techniques))
+    chosen = [f"+technique=[{names}]", *needed_settings(techniques, folder)]
+    composed = compose_config([f"model={folder}", "dtype=float32", "engine/platform=cuda", *chosen])
+    limits = Limits(max_num_seqs=3, max_model_len=128, kv_pool_tokens=512)
+    engine = build_engine(engine_config(composed, limits, download=False))
+    found = engine.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
+    return [o.token_ids for o in found], engine.counters()
+
+
+def check_models_draft_in_graphs() -> None:
+    expected, _ = outputs(*GRAPHS)
+    for name in ("draft_model", "layer_skip"):
+        found, counters = outputs(*GRAPHS, name)
+        assert found == expected, name
+        assert counters["drafter.failures"] == 0
+        assert counters["graph_runner.draft_replays"] > 5, name
+        assert counters["graph_runner.verify_replays"] > 5, name
+        if name == "draft_model":  # the target itself
+            assert counters["verifier.acceptance_rate"] > 0.97, counters["verifier.acceptance_rate"]
 
 
 CHECKS = {
@@ -123,6 +142,7 @@ CHECKS = {
     "engines write what they write without drafts": (
         check_engines_write_what_they_write_without_drafts
     ),
+    "models draft in graphs": check_models_draft_in_graphs,
 }
 
 
