@@ -72,6 +72,15 @@ class SyntheticVerifier(Verifier):
         else:
             self._curve = geometric_curve(mean, num_drafts)
 
+    def accept(self, mean_accepted_length: float, num_drafts: int) -> None:
+        """From now on let verifications of so many drafts yield so many tokens on average."""
+        if not 1 <= mean_accepted_length <= num_drafts + 1:
+            raise ConfigError(
+                f"a verification of {num_drafts} drafts yields 1 to {num_drafts + 1} tokens, not "
+                f"{mean_accepted_length}."
+            )
+        self._curve, self._on_device = geometric_curve(mean_accepted_length, num_drafts), None
+
     def verify(
         self,
         drafts: DraftsToVerify,
