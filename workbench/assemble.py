@@ -328,7 +328,13 @@ def _make_runner(
     )
     driven = {slot: built[slot] for slot in ("linear", "ops", "attention", "sampler")}
     step_parts = StepParts(
-        decoder, table, pool, attention, built["sampler"], {**driven, "kv_pool": pool}
+        decoder,
+        table,
+        pool,
+        attention,
+        built["sampler"],
+        {**driven, "kv_pool": pool},
+        kept_layers=built["drafter"].kept_layers,
     )
     step_tokens = _step_tokens(builder, limits, max_model_len)
     bind_drafter(builder, step_parts, decoder.spec, step_tokens)

@@ -19,6 +19,7 @@ from techniques.draft_heads import (
 from techniques.eagle.model import EagleModel
 from workbench.core.errors import ConfigError, unknown_name
 from workbench.engine.draft_runner import DraftDraws, DraftRunner, Span
+from workbench.engine.followed import FollowedPlaces
 from workbench.models.spec import ModelSpec
 from workbench.slots.drafter import (
     DraftContext,
@@ -76,9 +77,9 @@ class Eagle(Drafter):
         self.num_lookahead_tokens = self.num_kv_lookahead = config.num_draft_tokens
         self._model: EagleModel | None = None
         self._runner: DraftRunner | None = None
-        #: Of the last step: what came out, and by request its first token and that one's position.
+        #: Of the last step: what came out, and whose it is.
         self._hidden: torch.Tensor | None = None
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places = FollowedPlaces()
         self._passes_before = self._tokens_before = 0
         self.reset_counters()
 
@@ -133,7 +134,7 @@ class Eagle(Drafter):
             model, binding.table, binding.pool, attention, binding.vocab_size
         )
         self._passes_before = self._tokens_before = 0
-        self._hidden, self._places = None, {}
+        self._hidden, self._places = None, FollowedPlaces()
 
     @property
     def kept_layers(self) -> frozenset[int]:
@@ -152,12 +153,7 @@ class Eagle(Drafter):
         following = table.token_ids[rows, batch.positions + 1].long()
         own = dataclasses.replace(batch, input_ids=following, extras={})
         self._hidden = runner.forward(own)
-        self._places, first = {}, 0
-        for request_id, count, end in zip(
-            step.request_ids, batch.query_lens_host, batch.seq_lens_host, strict=True
-        ):
-            self._places[request_id] = (first, end - count)
-            first += count
+        self._places.note(step)
 
     def propose(self, context: DraftContext) -> DraftTokens:
         model, runner, binding = self._model, self._runner, self._binding
@@ -167,15 +163,14 @@ class Eagle(Drafter):
         for i, (request_id, row, known) in enumerate(
             zip(context.request_ids, context.rows, context.token_ids, strict=True)
         ):
-            place = self._places.get(request_id)
+            place = self._places.before_last(request_id, len(known))
             room = min(runner.capacity(row), model.max_positions) - len(known) + 1
             limit = min(context.max_draft_tokens[i], self.config.num_draft_tokens, room)
             if place is None or limit < 1:
                 continue
-            first, position = place
             last = len(known) - 2  # the pair with the last known token
             spans.append(Span(row, last, last + 1))
-            places.append(first + last - position)
+            places.append(place)
             wanted.append(i)
             limits.append(limit)
         if not spans or self._hidden is None:
@@ -199,7 +194,7 @@ class Eagle(Drafter):
         return DraftTokens(drafts, probs)
 
     def finish(self, request_id: str) -> None:
-        self._places.pop(request_id, None)
+        self._places.forget(request_id)
 
     def counters(self) -> dict[str, float]:
         runner = self._runner

@@ -9,8 +9,16 @@ from torch import nn
 
 from techniques.draft_heads import HeadSpec, MedusaHead, Target, check_target, load_head
 from workbench.core.errors import ConfigError
+from workbench.engine.followed import FollowedPlaces
+from workbench.engine.upload import upload
 from workbench.models.decoder import Decoder
-from workbench.slots.drafter import DraftContext, Drafter, DrafterHost, DraftTokens
+from workbench.slots.drafter import (
+    DraftContext,
+    Drafter,
+    DrafterHost,
+    DraftTokens,
+    FollowedStep,
+)
 
 _HOW_TO_TRAIN = (
     "Train one with `python -m workbench train_head kind=medusa model=MODEL out=FOLDER` and give "
@@ -41,13 +49,11 @@ class Medusa(Drafter):
     """Proposes the likeliest token of each head.
 
     The hidden state that the target's last logits came from is all that is read, so drafts cost a
-    few small products, and nothing is kept of a request. After a step whose hidden states were not
-    kept, nothing is proposed, and ``steps_without_hidden`` counts it.
+    few small products, and nothing is kept of a request.
     """
 
     Config = MedusaConfig
     config: MedusaConfig
-    reads_hidden_states = True
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__(config)
@@ -64,6 +70,8 @@ class Medusa(Drafter):
         self._heads: MedusaHead | None = None
         self._target: Decoder | None = None
         self._weight_bytes = 0
+        self._hidden: torch.Tensor | None = None  # of the last step
+        self._places = FollowedPlaces()
         self.reset_counters()
 
     def load(self, host: DrafterHost) -> None:
@@ -81,14 +89,16 @@ class Medusa(Drafter):
         return self._weight_bytes
 
     def propose(self, context: DraftContext) -> DraftTokens:
-        hidden = context.hidden_states
-        if hidden is None:
-            self._steps_without_hidden += bool(context.request_ids)
-            return DraftTokens([[] for _ in context.request_ids])
+        drafts: list[list[int]] = [[] for _ in context.request_ids]
+        lengths = [len(known) for known in context.token_ids]
+        places = self._places.all_before_last(context.request_ids, lengths)
+        wanted = [i for i, place in enumerate(places) if place is not None]
+        if not wanted or self._hidden is None:
+            return DraftTokens(drafts)
+        hidden = self._hidden[upload([places[i] or 0 for i in wanted], self._hidden.device)]
         best = self.candidates(hidden, 1)[..., 0].tolist()
-        drafts = [
-            row[: max(0, limit)] for row, limit in zip(best, context.max_draft_tokens, strict=True)
-        ]
+        for i, row in zip(wanted, best, strict=True):
+            drafts[i] = row[: max(0, context.max_draft_tokens[i])]
         self._drafted_tokens += sum(map(len, drafts))
         return DraftTokens(drafts)
 
@@ -99,17 +109,22 @@ class Medusa(Drafter):
         found = self._heads.top(self._target.normalize(hidden), count)
         return found[:, : self.num_lookahead_tokens]
 
-    def finish(self, request_id: str) -> None: ...
+    @property
+    def kept_layers(self) -> frozenset[int]:
+        return frozenset() if self._target is None else frozenset({self._target.spec.num_layers})
+
+    def follow(self, step: FollowedStep) -> None:
+        (self._hidden,) = step.kept.values()
+        self._places.note(step)
+
+    def finish(self, request_id: str) -> None:
+        self._places.forget(request_id)
 
     def counters(self) -> dict[str, float]:
-        return {
-            "drafted_tokens": self._drafted_tokens,
-            "steps_without_hidden": self._steps_without_hidden,
-        }
+        return {"drafted_tokens": self._drafted_tokens}
 
     def reset_counters(self) -> None:
         self._drafted_tokens = 0
-        self._steps_without_hidden = 0
 
     def _trained_heads(self, target: Target, host: DrafterHost) -> MedusaHead:
         folder, wanted = self.config.head, self.config.num_draft_tokens

@@ -11,11 +11,14 @@ import torch
 from techniques.draft_heads import EagleModule, Target
 from tests.helpers.eagle_heads import eagle_head, eagle_module, loaded
 from tests.helpers.engines import check_idle, mixed_prompts, shared_engine, tiny_engine
+from tests.helpers.heads import untrained_heads
+from tests.helpers.prepared import MIXED_PREPARED, MixedRunner
 from tests.helpers.tiny_models import tiny_model
 from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
 from workbench.slots.drafter import DraftContext, DraftTokens
+from workbench.slots.graph_runner import MIXED, VERIFY
 
 PAGED = ("engine/kv_cache=paged", "engine/scheduler=continuous", "engine.kv_cache.block_size=4")
 KV = {
@@ -89,6 +92,39 @@ def test_drafts_are_the_modules_in_every_step(kind: str, kv: str) -> None:
     assert counts["drafter.failures"] == 0
     assert counts["verifier.accepted_tokens"] > 0
     assert lengths.count(5) > 20
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_are_the_modules_behind_prepared_steps(kind: str) -> None:
+    prompts = mixed_prompts(7, longest=60, seed=6)
+    params = [SamplingParams(max_tokens=NEW - i, ignore_eos=True) for i in range(len(prompts))]
+    wanted = tiny_engine(*PAGED, model=target()).generate(prompts, params)
+    engine = engine_with(kind, *PAGED, *MIXED_PREPARED)
+    lengths = check_every_draft(engine, eagle_module(target(), kind))
+    found = engine.generate(prompts, params)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0 and lengths.count(5) > 20
+    if kind == "eagle":  # whose random head is right now and then
+        assert counts["verifier.accepted_tokens"] > 0
+    runner = engine.parts.graph_runner
+    assert isinstance(runner, MixedRunner)
+    assert {VERIFY, MIXED} <= set(runner.kinds)
+    assert any(s.graph_mode == "eager" for s in engine.steps), "prompts too long for a mixed step"
+
+
+def test_medusa_drafts_are_those_behind_other_steps() -> None:
+    prompts = mixed_prompts(6, longest=50, seed=6)
+    params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 6
+    heads = f"engine.drafter.head={untrained_heads(target())}"
+    chosen = ("engine/drafter=medusa", "engine/verifier=exact_match", heads, *PAGED)
+    found = []
+    for more in ((), MIXED_PREPARED):
+        engine = tiny_engine(*chosen, *more, model=target(), max_num_seqs=3)
+        tokens = [o.token_ids for o in engine.generate(prompts, params)]
+        counts = engine.counters()
+        found.append((tokens, counts["drafter.drafted_tokens"], counts["verifier.accepted_tokens"]))
+    assert found[0] == found[1] and found[0][1] > 0
 
 
 def test_a_cached_prefix_that_goes_on_otherwise() -> None:

@@ -130,7 +130,7 @@ def test_greedy_tokens_with_trained_heads_are_those_without(heads: dict[str, Pat
     counters = engine.counters()
     assert counters["verifier.accepted_tokens"] > 0
     assert counters["drafter.drafted_tokens"] >= counters["verifier.verified_tokens"] - 3 * 6
-    assert (counters["drafter.failures"], counters["drafter.steps_without_hidden"]) == (0, 0)
+    assert counters["drafter.failures"] == 0
     assert engine.parts.ledger.prediction.held["drafter"] > 0
     check_idle(engine)
 

@@ -31,6 +31,10 @@ class MixedRun:
         """Hidden states of all of its tokens, once it is queued."""
         return self.step.hidden[self.size, PLAIN_FORM]
 
+    def states(self, num_tokens: int) -> dict[int, torch.Tensor]:
+        """Kept hidden states of its first tokens, by layer."""
+        return self.step.kept_states(self.size, PLAIN_FORM, num_tokens)
+
 
 class MixedStep(PreparedStep):
     """Runs ``size`` tokens, shared out among requests in any way.

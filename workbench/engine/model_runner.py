@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class ModelRunner:
             parts.verify_step,
             parts.mixed_step,
         )
-        self._kept: KeptHidden | None = None  # of the last step
+        self._kept: dict[int, torch.Tensor] = {}  # of the last step
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -117,11 +118,11 @@ class ModelRunner:
         inputs = self.inputs.gather(plan)
         prepared = inputs.prepared
         trees = self._proposed_trees.apply(inputs) if inputs.max_drafts else None
-        logits, selected, metadata = None, None, None
+        logits, metadata = None, None
         if prepared is None:
             hidden = self._forward(inputs, clock)
             if inputs.sampling:
-                logits, selected = self._logits(inputs, hidden)
+                logits = self._logits(inputs, hidden)
             metadata = self._sampling_metadata(inputs, trees) if inputs.sampling else None
         else:
             clock.lap("prepare")
@@ -145,7 +146,7 @@ class ModelRunner:
             self._advance(inputs, None)
         clock.lap("sample")
         verified = prepared is not None and metadata is None and inputs.max_drafts > 0
-        running = RunningStep(self, plan, inputs, accepted, selected, clock, verified)
+        running = RunningStep(self, plan, inputs, accepted, clock, verified)
         clock.lap("queue")
         return running
 
@@ -154,6 +155,7 @@ class ModelRunner:
         if inputs.mixed is not None:
             clock.lap("prepare")
             parts.graph_runner.run(inputs.mixed.step.kind, inputs.mixed.size)
+            self._kept = inputs.mixed.states(batch.num_tokens)
             return inputs.mixed.hidden()
         metadata, layers = parts.attention.build_metadata(batch), parts.drafter.kept_layers
         context = ForwardContext(
@@ -161,7 +163,7 @@ class ModelRunner:
         )
         clock.lap("prepare")
         hidden = parts.model.forward(batch, context)
-        self._kept = context.kept
+        self._kept = {} if context.kept is None else context.kept.states
         return hidden
 
     def _run_prepared(
@@ -171,6 +173,7 @@ class ModelRunner:
         the ones wanted."""
         step, batch = prepared.step, inputs.batch
         self.parts.graph_runner.run(step.kind, prepared.size, prepared.form)
+        self._kept = prepared.states(batch.num_tokens)
         self.parts.attention.note_prepared(prepared.form)
         if step.writes_tokens and self.table.all_plain_greedy:
             return None, None
@@ -234,13 +237,11 @@ class ModelRunner:
         probs = self._proposed_probs.gather(rows, counts, drafts)
         return DraftsToVerify(drafts, first_row, probs, None if trees is None else trees.shape)
 
-    def _logits(
-        self, inputs: StepInputs, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(self, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
         index = inputs.batch.logits_indices
         is_all = index.shape[0] == hidden.shape[0] and inputs.mixed is None
         selected = hidden if is_all else hidden[index]
-        return self.parts.model.compute_logits(selected), selected
+        return self.parts.model.compute_logits(selected)
 
     def _sampling_metadata(
         self, inputs: StepInputs, trees: TreeInputs | None = None
@@ -312,14 +313,13 @@ class ModelRunner:
         plan: SchedulerOutput,
         inputs: StepInputs,
         tokens: list[list[int]],
-        hidden: torch.Tensor | None,
-        rows_of_logits: list[Sequence[int]],
         drawn: TokensToRead | None,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
         table, index = self.table, inputs.rows_index
+        ends = table.num_computed_host[index] + plan.num_scheduled_tokens
         if len(inputs.sampling) != len(inputs.rows):
-            table.num_computed_host[index] = inputs.batch.seq_lens_host
+            table.num_computed_host[index] = ends
             index = index[inputs.sampling]
         table.note_tokens(index, tokens)
         rows = index.tolist()
@@ -330,14 +330,8 @@ class ModelRunner:
             generated = int(table.num_tokens[row]) - table.num_prompt_tokens[row]
             limits.append(max(0, params.max_tokens - generated - 1))
         self.drafting.observe(plan, tokens)
-        if self._kept is not None:
-            step = FollowedStep(plan.request_ids, inputs.rows, inputs.batch, self._kept.states)
-            self.drafting.follow(step)
-            self._kept = None
-        if hidden is None or not self.parts.drafter.reads_hidden_states:
-            last_hidden = None
-        else:
-            last_hidden = hidden[upload([rows[-1] for rows in rows_of_logits], table.device)]
+        if self._kept:
+            self._follow(plan, inputs, ends.tolist())
         proposed = self.drafting.propose(
             DraftContext(
                 request_ids=[plan.request_ids[i] for i in inputs.sampling],
@@ -345,7 +339,6 @@ class ModelRunner:
                 max_draft_tokens=limits,
                 num_prompt_tokens=[table.num_prompt_tokens[row] for row in rows],
                 rows=rows,
-                hidden_states=last_hidden,
                 drawn=None if drawn is None else self._drawn_by_request(inputs, drawn),
             )
         )
@@ -354,6 +347,19 @@ class ModelRunner:
         self._proposed_trees.note(rows, proposed)
         table.write_drafts(index, drafts)
         return drafts
+
+    def _follow(self, plan: SchedulerOutput, inputs: StepInputs, ends: list[int]) -> None:
+        """Show the drafter the step, whose requests have so many computed tokens now."""
+        batch = inputs.batch
+        if inputs.prepared is not None:  # which keeps no lengths up
+            batch = dataclasses.replace(
+                batch,
+                query_lens_host=[inputs.prepared.step.tokens_each] * len(ends),
+                seq_lens_host=ends,
+                host_rows=(self.table.host_block_table, inputs.rows),
+            )
+        states, self._kept = self._kept, {}
+        self.drafting.follow(FollowedStep(plan.request_ids, inputs.rows, batch, states))
 
     @staticmethod
     def _drawn_by_request(inputs: StepInputs, drawn: TokensToRead) -> list[list[int]]:
@@ -375,12 +381,11 @@ class RunningStep:
         plan: SchedulerOutput,
         inputs: StepInputs,
         accepted: Accepted | None,
-        hidden: torch.Tensor | None,
         clock: PartClock,
         verified: bool,
     ) -> None:
         self._runner, self._plan, self._clock = runner, plan, clock
-        self._inputs, self._hidden = inputs, hidden
+        self._inputs = inputs
         self._steady = runner.inputs.steady
         self._sampling, self._first_row = inputs.sampling, inputs.first_row
         self._num_context_tokens = inputs.num_context_tokens
@@ -406,8 +411,7 @@ class RunningStep:
         tokens = [] if self._tokens is None else self._tokens.read()
         if self._has_drafts:
             tokens = [[t for t in row if t >= 0] for row in tokens]
-        needs_rows = self._has_drafter or self._logprobs is not None
-        rows = self._rows_of(tokens) if needs_rows else []
+        rows = [] if self._logprobs is None else self._rows_of(tokens)
         if self._verified:
             num_accepted = [len(row) - 1 for row in tokens]
             self._runner.parts.verifier.note_prepared(self._plan.num_draft_tokens, num_accepted)
@@ -416,9 +420,7 @@ class RunningStep:
         count = len(plan.request_ids)
         if self._has_drafter:
             with torch.inference_mode():
-                drafts = self._runner.draft(
-                    plan, self._inputs, tokens, self._hidden, rows, self._drawn
-                )
+                drafts = self._runner.draft(plan, self._inputs, tokens, self._drawn)
         else:
             drafts = [[] for _ in tokens] if steady is None else steady.no_drafts
         clock.lap("draft")

@@ -14,7 +14,13 @@ import torch
 from workbench.core.step import ForwardBatch
 from workbench.engine.request_table import RequestTable
 from workbench.engine.upload import borrowed
-from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext, StepForm
+from workbench.slots.attention import (
+    PLAIN_FORM,
+    AttentionBackend,
+    ForwardContext,
+    KeptHidden,
+    StepForm,
+)
 from workbench.slots.component import Component
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import Sampler, SamplingMetadata
@@ -38,6 +44,8 @@ class StepParts:
     owned
         What was kept of runs and whose memory is not yet anybody else's, of all steps that share
         these parts: where it is kept, under which key, and itself.
+    kept_layers
+        Whose hidden states are kept, as of :class:`~workbench.slots.attention.KeptHidden`.
     """
 
     model: Model
@@ -47,6 +55,7 @@ class StepParts:
     sampler: Sampler
     components: Mapping[str, Component]
     owned: list[tuple[Kept, tuple[int, str], torch.Tensor]] = field(default_factory=list)
+    kept_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,10 @@ class PreparedRun:
     def logits(self) -> torch.Tensor:
         """Behind all of its tokens, once it is queued."""
         return self.step.logits[self.size, self.form]
+
+    def states(self, num_tokens: int) -> dict[int, torch.Tensor]:
+        """Kept hidden states of its first tokens, by layer."""
+        return self.step.kept_states(self.size, self.form, num_tokens)
 
 
 class PreparedStep(ABC):
@@ -106,6 +119,12 @@ class PreparedStep(ABC):
             block_size=pool.block_size,
         )
         self.forms: tuple[StepForm, ...] = ()
+        self._states: dict[int, Kept] = {layer: {} for layer in parts.kept_layers}
+
+    def kept_states(self, size: int, form: str, num_tokens: int) -> dict[int, torch.Tensor]:
+        """Hidden states that were kept of the last step of this size and form, by layer, of its
+        first tokens."""
+        return {layer: kept[size, form][:num_tokens] for layer, kept in self._states.items()}
 
     @abstractmethod
     def place_rows(self) -> torch.Tensor:
@@ -155,8 +174,13 @@ class PreparedStep(ABC):
         parts, batch = self.parts, self.batch(size)
         self.gather(batch)
         metadata = parts.attention.prepared_metadata(batch, form)
-        context = ForwardContext(batch, parts.attention, metadata, parts.pool)
-        self.finish(batch, parts.model.forward(batch, context), (size, form))
+        kept = KeptHidden(parts.kept_layers) if parts.kept_layers else None
+        context = ForwardContext(batch, parts.attention, metadata, parts.pool, kept)
+        hidden = parts.model.forward(batch, context)
+        if kept is not None:
+            for layer, state in kept.states.items():
+                self.keep(self._states[layer], (size, form), state)
+        self.finish(batch, hidden, (size, form))
 
     def keep(self, kept: Kept, key: tuple[int, str], tensor: torch.Tensor) -> None:
         """Keep what a run gave, until the next one of any step may overwrite it."""

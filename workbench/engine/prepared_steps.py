@@ -31,8 +31,7 @@ def make_steps(
     step_tokens: int,
 ) -> PreparedSteps:
     """Steps with their buffers, not run yet, for plans of at most ``step_tokens`` tokens."""
-    reads_hidden_states = drafter.kept_layers or drafter.reads_hidden_states
-    if not graph_runner.prepares or reads_hidden_states:  # which prepared steps do not keep
+    if not graph_runner.prepares:
         return PreparedSteps()
     max_num_seqs, attention = parts.table.padding_row, parts.attention
     verify = mixed = None

@@ -123,9 +123,6 @@ class DraftContext:
         How many of the known tokens are prompt.
     rows : list[int]
         Each request's row in the request table.
-    hidden_states : Tensor[B, H] or None
-        Hidden state behind each request's last logits, for drafters that read the target; None
-        after a prepared step, which keeps none.
     drawn : list[list[int]] or None
         What the target drew behind the token before the drafts, then behind each draft of the last
         step, as many as were verified, for drafters that read it.
@@ -136,19 +133,16 @@ class DraftContext:
     max_draft_tokens: list[int]
     num_prompt_tokens: list[int]
     rows: list[int] = field(default_factory=list)
-    hidden_states: torch.Tensor | None = None
     drawn: list[list[int]] | None = None
 
     def take(self, indices: list[int]) -> DraftContext:
         """The same of some of the requests."""
-        hidden = self.hidden_states
         return DraftContext(
             request_ids=[self.request_ids[i] for i in indices],
             token_ids=[self.token_ids[i] for i in indices],
             max_draft_tokens=[self.max_draft_tokens[i] for i in indices],
             num_prompt_tokens=[self.num_prompt_tokens[i] for i in indices],
             rows=[self.rows[i] for i in indices] if self.rows else [],
-            hidden_states=None if hidden is None else hidden[indices],
             drawn=None if self.drawn is None else [self.drawn[i] for i in indices],
         )
 
@@ -184,8 +178,6 @@ class Drafter(Component):
     proposes: bool = True
     #: Whether drafts of a request may be a tree.
     proposes_trees: bool = False
-    #: Whether it reads ``DraftContext.hidden_states``.
-    reads_hidden_states: bool = False
     #: Whether it reads ``DraftContext.drawn``.
     reads_drawn: bool = False
     #: Most tokens it proposes for one request; sizes buffers and KV look-ahead.
