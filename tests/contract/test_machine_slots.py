@@ -177,7 +177,8 @@ def test_kinds_of_steps_are_captured_by_their_tokens(monkeypatch: pytest.MonkeyP
     assert replayed == {(DECODE, 16): 1, (VERIFY, 16): 2, (MIXED, 32): 4}
     counters = runner.counters()
     assert counters == {
-        "graphs": 16, "replays": 7, "decode_replays": 1, "verify_replays": 2, "mixed_replays": 4
+        "graphs": 16, "replays": 7, "decode_replays": 1, "verify_replays": 2, "mixed_replays": 4,
+        "draft_replays": 0,
     }  # fmt: skip
     runner.reset_counters()
     assert runner.counters()["replays"] == 0

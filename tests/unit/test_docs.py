@@ -372,6 +372,7 @@ def test_measuring_command_of_a_readme_passes_its_gates(
     smaller += {
         "code_edit": ["workload.num_requests=1", "workload.apply_chat_template=false"],
         "mixed": ["workload.max_output_len=40"],
+        "chat": ["workload.num_requests=2", "workload.max_tokens=40"],
     }.get(marker.measure["workload"], [])
     if marker.slots.get("attention") == "flex":  # not compiled on a CPU
         smaller += ["workload.num_requests=4"]

@@ -174,6 +174,8 @@ def _node_of(slot: str, option: str) -> dict[str, Any]:
     """``_target_`` and options of a slot's option."""
     node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "engine" / slot / f"{option}.yaml"))
     assert isinstance(node, dict)
+    if node.get("hf_config", 0) is None:  # of another model, which a user has to name
+        node["hf_config"] = _TINY_MODEL
     return {str(key): value for key, value in node.items()}
 
 
