@@ -1,4 +1,5 @@
-"""Prompts from files of several shapes, as token ids: what a target is asked to go on from."""
+"""Prompts as token ids, what a target is asked to go on from: from files of several shapes, or
+written by the target itself."""
 
 from __future__ import annotations
 
@@ -11,11 +12,18 @@ from typing import Any
 from workbench.bench.workloads.prompts import render_chat
 from workbench.bench.workloads.shipped import read_category, shipped_categories
 from workbench.core.errors import ConfigError
+from workbench.core.request import FinishReason
+from workbench.core.sampling import SamplingParams
+from workbench.engine.engine import Engine
 
 #: Fields of a row that hold a question.
 _QUESTIONS = ("prompt", "question", "text")
 #: Words of a passage of plain text.
 _PASSAGE_WORDS = 60
+#: Stands for a question while a chat template is taken apart; in no template.
+_MARK = "\ue000question\ue000"
+#: Tokens that a target has for a question of its own; what has no end by then is left out.
+_QUESTION_TOKENS = 192
 
 
 def read_prompts(
@@ -62,6 +70,61 @@ def read_prompts(
             "Lower num_prompts, raise limits.max_model_len, or name more files in data=[a,b]."
         )
     return prompts if count is None else prompts[:count]
+
+
+def write_own_prompts(
+    engine: Engine, *, longest: int, count: int, seed: int, chunk_size: int = 1024
+) -> list[list[int]]:
+    """Token ids of prompts that the target makes up itself, all different.
+
+    It is given its chat template as far as the user's question, and goes on from there at
+    temperature 1 (Magpie, Xu et al. 2024, arXiv:2406.08464). So prompts are of the kind that it was
+    aligned on, without any data.
+
+    Parameters
+    ----------
+    longest
+        Tokens that a prompt may have; longer ones are left out.
+    count
+        How many to write. As many are tried as are needed, up to three times that.
+
+    Raises
+    ------
+    ConfigError
+        The model has no chat template, or hardly ever ends a question.
+    """
+    tokenizer = engine.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "the model has no chat template, so it cannot write prompts itself: name files of "
+            "prompts in data=..., and set num_own_prompts=0."
+        )
+    text, _ = render_chat(tokenizer, [{"role": "user", "content": _MARK}], True)
+    opening = list(tokenizer.encode(text.partition(_MARK)[0], add_special_tokens=False))
+    found: dict[tuple[int, ...], None] = {}
+    tried = 0
+    while len(found) < count and tried < 3 * count + 100:
+        size = min(chunk_size, count - len(found) + 50)
+        params = [
+            SamplingParams(max_tokens=_QUESTION_TOKENS, temperature=1.0, seed=seed + tried + i)
+            for i in range(size)
+        ]
+        tried += size
+        for output in engine.generate([opening] * size, params):
+            question = tokenizer.decode(output.token_ids, skip_special_tokens=True).strip()
+            is_whole = output.outputs and output.outputs[0].finish_reason is FinishReason.STOP
+            if not is_whole or not question:
+                continue
+            _, ids = render_chat(tokenizer, [{"role": "user", "content": question}], True)
+            if len(ids) <= longest:
+                found[ids] = None
+    if len(found) < count:
+        raise ConfigError(
+            f"of {tried} questions that the model wrote itself, {len(found)} have an end within "
+            f"{_QUESTION_TOKENS} tokens and fit, and num_own_prompts={count} are asked for. Lower "
+            "it, or name files of prompts in data=..."
+        )
+    return [list(ids) for ids in found][:count]
 
 
 def _shipped() -> Iterator[list[dict[str, str]]]:

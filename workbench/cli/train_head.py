@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from workbench.assemble import build_engine, load_class
 from workbench.bench.environment import collect_environment
 from workbench.cli.output import print_document, takes_json
-from workbench.cli.prompts import read_prompts
+from workbench.cli.prompts import read_prompts, write_own_prompts
 from workbench.configuration import (
     Composed,
     compose_config,
@@ -90,14 +90,13 @@ def train_head(
     source = engine_config(composed, limits_of(cfg, max_num_seqs=1, max_model_len=1)).source
     context = spec_from_hf(read_config(source.config)).max_position_embeddings
     longest = _longest(cfg, context)
-    files = _files(cfg)
-    prompts = read_prompts(
-        files,
-        source.tokenizer(),
-        longest=longest - program.options.max_tokens,
-        count=cfg.num_prompts,
-        seed=seed,
-    )
+    files, num_own = _files(cfg), int(cfg.num_own_prompts)
+    room = longest - program.options.max_tokens
+    prompts: list[list[int]] = []
+    if files or not num_own:
+        prompts = read_prompts(
+            files, source.tokenizer(), longest=room, count=cfg.num_prompts, seed=seed
+        )
     limits = limits_of(cfg, max_num_seqs=_WRITING_SEQS, max_model_len=longest)
     folder = Path(cfg.out or f"results/local/heads/{Path(source.name).name}-{kind}")
     if (folder / RECORD_FILE).exists():
@@ -105,6 +104,9 @@ def train_head(
     engine = build_engine(engine_config(composed, limits))
     device, info = engine.parts.info["device"], dict(engine.parts.info)
     decoder = engine.parts.executor.runner.parts.model  # type: ignore[attr-defined]
+    if num_own:
+        prompts += write_own_prompts(engine, longest=room, count=num_own, seed=seed)
+        _say(f"prompts: {num_own} of the model's own")
     corpus = program.write(engine, prompts, seed, began, budget_s, _say)
     written = time.monotonic()
     del engine
@@ -124,7 +126,8 @@ def train_head(
         },
         "max_minutes": cfg.max_minutes,
         "data": {
-            "files": files or "shipped",
+            "files": files or ([] if num_own else "shipped"),
+            "num_own_prompts": num_own,
             "digest": _digest(prompts),
             "num_prompts": len(prompts),
             **program.describe(corpus),

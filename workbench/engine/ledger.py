@@ -63,10 +63,19 @@ class DeviceBooks:
         self._base = base_allocated_bytes
         memory.trim()
         self._slack = memory.reserved_bytes() - memory.allocated_bytes()
-        self.prepared(0)
+        self._note(0)
 
     def prepared(self, graph_bytes: int) -> None:
-        """Note that steps have been prepared, and what they hold. Nothing runs."""
+        """Note that steps have been prepared, and what they hold. Nothing runs.
+
+        The driver has loaded code for them, which is outside torch too.
+        """
+        before = self._reserved
+        self._note(graph_bytes)
+        of_driver = max(0, graph_bytes - (self._reserved - before))
+        self._outside = self._memory.used_bytes() - self._reserved - of_driver
+
+    def _note(self, graph_bytes: int) -> None:
         self._memory.trim()
         self._graphs = graph_bytes
         self._reserved = self._memory.reserved_bytes()
