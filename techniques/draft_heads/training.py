@@ -116,6 +116,24 @@ class Trained:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Says:
+    """What the target would write behind each of ``T`` tokens.
+
+    Attributes
+    ----------
+    final : Tensor[T, H]
+        Hidden states that it is drawn from.
+    likeliest_counts : Tensor[T] bool
+        Whether the likeliest token can be proposed.
+    draft_logits : Tensor[T, draft_vocab]
+    """
+
+    final: torch.Tensor
+    likeliest_counts: torch.Tensor
+    draft_logits: torch.Tensor
+
+
 class Trainer:
     """Trains one head.
 
@@ -260,9 +278,10 @@ class Trainer:
         total: torch.Tensor | None = None
         weights = 0.0
         with self._autocast():
+            says = self._says(hidden)
             features = self.trainee.features(module, hidden, _longer(batch, num_steps), num_steps)
             for step, of_step in enumerate(features):
-                rows = self._rows(batch, hidden, step)
+                rows = self._rows(batch, says, step)
                 if rows is None:
                     continue
                 base, wanted, following = rows
@@ -276,8 +295,15 @@ class Trainer:
         return None if total is None else total / weights
 
     @torch.no_grad()
+    def _says(self, hidden: HiddenStates) -> _Says:
+        """What the target would write behind every token of a batch."""
+        final = hidden.final.reshape(-1, hidden.final.shape[-1])
+        logits = torch.nn.functional.linear(final, self.lm_head)
+        return _Says(final, self.to_draft[logits.argmax(-1)] >= 0, logits[:, self.draft_ids])
+
+    @torch.no_grad()
     def _rows(
-        self, batch: TextBatch, hidden: HiddenStates, step: int
+        self, batch: TextBatch, says: _Says, step: int
     ) -> tuple[torch.Tensor, Wanted, torch.Tensor] | None:
         """Bases ``[N]`` (in the flattened batch) of a step, what they are to guess, and the hidden
         states ``[N, H]`` that the target drew it from; None where there is no base.
@@ -290,22 +316,14 @@ class Trainer:
         usable = torch.zeros_like(batch.is_output)
         usable[:, :-shift] = batch.is_output[:, shift:]
         usable[:, :-shift] &= self.to_draft[batch.token_ids[:, shift:]] >= 0
+        usable[:, :-shift] &= says.likeliest_counts.view_as(usable)[:, shift - 1 : size - 1]
         base = usable.flatten().nonzero().squeeze(1)
         if not len(base):
             return None
-        following = hidden.final.reshape(-1, hidden.final.shape[-1])[base + shift - 1]
-        logits = torch.nn.functional.linear(following, self.lm_head)
-        has_likeliest = self.to_draft[logits.argmax(-1)] >= 0
-        base, following, logits = (
-            base[has_likeliest],
-            following[has_likeliest],
-            logits[has_likeliest],
-        )
-        if not len(base):
-            return None
-        probs = logits[:, self.draft_ids].float().softmax(-1)
+        source = base + shift - 1
+        probs = says.draft_logits[source].float().softmax(-1)
         draft_ids = self.to_draft[batch.token_ids.flatten()[base + shift]]
-        return base, Wanted(draft_ids, probs), following
+        return base, Wanted(draft_ids, probs), says.final[source]
 
     def _hidden(self, module: nn.Module, batch: TextBatch) -> HiddenStates:
         spec: HeadSpec = module.spec  # type: ignore[assignment]

@@ -94,7 +94,7 @@ def write_own_prompts(
         The model has no chat template, or hardly ever ends a question.
     """
     tokenizer = engine.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "the model has no chat template, so it cannot write prompts itself: name files of "
             "prompts in data=..., and set num_own_prompts=0."
