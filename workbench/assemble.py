@@ -335,6 +335,7 @@ def _make_runner(
         built["sampler"],
         {**driven, "kv_pool": pool},
         kept_layers=built["drafter"].kept_layers,
+        follow=built["drafter"].follow_prepared,
     )
     step_tokens = _step_tokens(builder, limits, max_model_len)
     bind_drafter(builder, step_parts, decoder.spec, step_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from techniques.draft_heads import (
     load_head,
 )
 from techniques.eagle.model import EagleModel
+from techniques.eagle.step import EagleStep
 from workbench.core.errors import ConfigError, unknown_name
-from workbench.engine.draft_runner import DraftDraws, DraftRunner, Span
+from workbench.core.step import ForwardBatch
+from workbench.engine.draft_runner import DraftDraws, DraftRunner
 from workbench.engine.followed import FollowedPlaces
+from workbench.engine.upload import upload
 from workbench.models.spec import ModelSpec
 from workbench.slots.drafter import (
     DraftContext,
@@ -29,6 +33,7 @@ from workbench.slots.drafter import (
     DraftTokens,
     FollowedStep,
 )
+from workbench.slots.graph_runner import DRAFT, PreparedStep
 from workbench.slots.kv_pool import KVShape
 
 _KINDS = ("eagle", "eagle3")
@@ -56,11 +61,37 @@ class EagleConfig:
     draft_vocab_size: int = 32000
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a request is drafted from.
+
+    Attributes
+    ----------
+    index, row
+        In the context, and in the request table.
+    num_known
+        Tokens.
+    place
+        Token of the last step behind which the last known one was drawn.
+    room
+        Tokens that there is room for.
+    limit
+        Drafts.
+    """
+
+    index: int
+    row: int
+    num_known: int
+    place: int
+    room: int
+    limit: int
+
+
 class Eagle(Drafter):
     """One decoder layer that reads the target's hidden states and its own.
 
-    It runs over the tokens of every step of the target, and keeps keys and values of its own layer
-    in the same slots. So what requests share of a prefix they share of it too.
+    It keeps keys and values of its own layer for the tokens of every step of the target, in the
+    same slots. So what requests share of a prefix they share of it too.
     """
 
     Config = EagleConfig
@@ -77,8 +108,10 @@ class Eagle(Drafter):
         self.num_lookahead_tokens = self.num_kv_lookahead = config.num_draft_tokens
         self._model: EagleModel | None = None
         self._runner: DraftRunner | None = None
-        #: Of the last step: what came out, and whose it is.
-        self._hidden: torch.Tensor | None = None
+        self._step: EagleStep | None = None
+        #: Of the last step: features of its pairs, and whose they are.
+        self._features: torch.Tensor | None = None
+        self._of_prepared: torch.Tensor | None = None  # where prepared steps leave them
         self._places = FollowedPlaces()
         self._passes_before = self._tokens_before = 0
         self.reset_counters()
@@ -130,68 +163,131 @@ class Eagle(Drafter):
         assert model is not None, "a drafter is loaded before it is bound"
         self._binding = binding
         attention = binding.make_attention(model.attention_layers, binding.pool)
-        self._runner = DraftRunner(
-            model, binding.table, binding.pool, attention, binding.vocab_size
-        )
+        runner = DraftRunner(model, binding.table, binding.pool, attention, binding.vocab_size)
+        self._runner = runner
         self._passes_before = self._tokens_before = 0
-        self._hidden, self._places = None, FollowedPlaces()
+        self._features, self._places = None, FollowedPlaces()
+        self._step, self._of_prepared = None, None
+        graphs, parts = binding.graph_runner, binding.step_parts
+        if not graphs.prepares:
+            return
+        most, each = binding.table.padding_row, self.config.num_draft_tokens + 1
+        tokens = max(most, each * graphs.largest_verify(parts.attention, each))
+        self._of_prepared = torch.zeros(
+            tokens, model.spec.hidden_size, dtype=model.features_dtype, device=binding.table.device
+        )
+        size = min(graphs.largest_verify(attention, 1), most)
+        if size:
+            own = dataclasses.replace(
+                parts, pool=runner.pool, attention=attention, components={}, follow=None
+            )
+            self._step = EagleStep(own, runner, model, size, self.config.num_draft_tokens)
+
+    def prepared_steps(self) -> list[PreparedStep]:
+        return [] if self._step is None else [self._step]
 
     @property
     def kept_layers(self) -> frozenset[int]:
         return frozenset() if self._model is None else frozenset(self._model.kept_layers)
 
     def follow(self, step: FollowedStep) -> None:
-        """Run over the step's tokens, each with the one after it."""
-        model, runner, batch = self._model, self._runner, step.batch
-        assert model is not None and runner is not None
-        table = self._binding.table
-        rows = batch.rows
-        if batch.num_tokens != batch.num_requests:
-            lengths = batch.query_start_loc.diff()
-            rows = torch.repeat_interleave(rows, lengths, output_size=batch.num_tokens)
-        model.start(step.kept)
-        following = table.token_ids[rows, batch.positions + 1].long()
-        own = dataclasses.replace(batch, input_ids=following, extras={})
-        self._hidden = runner.forward(own)
+        """Write keys and values of the step's tokens, each joined with the one after it."""
+        batch = step.batch
+        if step.is_followed:
+            assert self._of_prepared is not None
+            self._features = self._of_prepared[: batch.num_tokens]
+        else:
+            rows = batch.rows
+            if batch.num_tokens != batch.num_requests:
+                lengths = batch.query_start_loc.diff()
+                rows = torch.repeat_interleave(rows, lengths, output_size=batch.num_tokens)
+            self._features = self._fill(batch, rows, step.kept)
         self._places.note(step)
 
+    def follow_prepared(self, batch: ForwardBatch, kept: Mapping[int, torch.Tensor]) -> None:
+        if self._of_prepared is None:
+            return
+        rows = batch.rows.repeat_interleave(batch.num_tokens // batch.num_requests)
+        self._of_prepared[: batch.num_tokens].copy_(self._fill(batch, rows, kept))
+
+    def _fill(
+        self, batch: ForwardBatch, rows: torch.Tensor, kept: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Features ``[T, H]`` of a batch whose tokens are of these rows of the table, ``[T]``."""
+        model, binding = self._model, self._binding
+        assert model is not None
+        features = model.start(kept)
+        following = binding.table.token_ids[rows, batch.positions + 1].long()
+        own = dataclasses.replace(batch, input_ids=following, extras={})
+        model.fill(own, features, binding.pool)
+        return features
+
     def propose(self, context: DraftContext) -> DraftTokens:
-        model, runner, binding = self._model, self._runner, self._binding
+        model, runner, features = self._model, self._runner, self._features
         assert model is not None and runner is not None
         drafts: list[list[int]] = [[] for _ in context.rows]
-        spans, wanted, places, limits = [], [], [], []
+        starts: list[_Start] = []
         for i, (request_id, row, known) in enumerate(
             zip(context.request_ids, context.rows, context.token_ids, strict=True)
         ):
             place = self._places.before_last(request_id, len(known))
-            room = min(runner.capacity(row), model.max_positions) - len(known) + 1
-            limit = min(context.max_draft_tokens[i], self.config.num_draft_tokens, room)
-            if place is None or limit < 1:
-                continue
-            last = len(known) - 2  # the pair with the last known token
-            spans.append(Span(row, last, last + 1))
-            places.append(place)
-            wanted.append(i)
-            limits.append(limit)
-        if not spans or self._hidden is None:
+            room = min(runner.capacity(row), model.max_positions)
+            limit = min(
+                context.max_draft_tokens[i],
+                self.config.num_draft_tokens,
+                room - len(known) + 1,
+            )
+            if place is not None and limit > 0:
+                starts.append(_Start(i, row, len(known), place, room, limit))
+        if not starts or features is None:
             return DraftTokens(drafts)
-        index = torch.tensor(places, device=self._hidden.device)
-        model.features = self._hidden[index]
-        rows = [span.row for span in spans]
-        ends = [span.end + 1 for span in spans]
-        draws = DraftDraws(binding.table, rows, ends, binding.reads_probs)
-        logits = runner.logits(model.features, None)
-        tokens = runner.draft_from(spans, logits, max(limits), draws.draw).tolist()
-        found = draws.probs()
+        index = upload([start.place for start in starts], features.device)
         probs: list[torch.Tensor | None] | None = None
-        if found is not None:
-            probs = [None] * len(drafts)
-        for k, (i, limit) in enumerate(zip(wanted, limits, strict=True)):
-            drafts[i] = tokens[k][:limit]
-            self._drafted_tokens += limit
-            if probs is not None and found is not None:
-                probs[i] = found[k]
+        tokens = self._draft_prepared(starts, features, index)
+        if tokens is None:
+            tokens, found = self._draft_eager(starts, features[index])
+            if found is not None:
+                probs = [None] * len(drafts)
+                for start, own in zip(starts, found, strict=True):
+                    probs[start.index] = own
+        for start, drawn in zip(starts, tokens, strict=True):
+            drafts[start.index] = drawn[: start.limit]
+            self._drafted_tokens += start.limit
         return DraftTokens(drafts, probs)
+
+    def _draft_prepared(
+        self, starts: Sequence[_Start], features: torch.Tensor, index: torch.Tensor
+    ) -> list[list[int]] | None:
+        """Tokens by the prepared step; None where there is none for this batch."""
+        step, runner, binding = self._step, self._runner, self._binding
+        assert runner is not None
+        if step is None:
+            return None
+        size = binding.graph_runner.dispatch(DRAFT, len(starts))
+        params = [binding.table.params[start.row] for start in starts]
+        if size is None or not all(p is not None and p.is_greedy for p in params):
+            return None
+        step.fill([start.row for start in starts], [start.room for start in starts], size)
+        torch.index_select(features, 0, index, out=step.features[: len(starts)])
+        binding.graph_runner.run(DRAFT, size)
+        runner.num_passes += self.config.num_draft_tokens
+        runner.num_tokens += len(starts) * self.config.num_draft_tokens
+        return step.drafts[: len(starts)].tolist()
+
+    def _draft_eager(
+        self, starts: Sequence[_Start], features: torch.Tensor
+    ) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Tokens, and what they were drawn from where that is asked for."""
+        model, runner, binding = self._model, self._runner, self._binding
+        assert model is not None and runner is not None
+        model.features = features
+        rows, known = [start.row for start in starts], [start.num_known for start in starts]
+        draws = DraftDraws(binding.table, rows, known, binding.reads_probs)
+        at = upload([rows, [n - 1 for n in known]], features.device)
+        last = binding.table.token_ids[at[0], at[1]].long()
+        longest = max(start.limit for start in starts)
+        tokens = runner.draft_on(rows, [n - 2 for n in known], last, longest, draws.draw)
+        return tokens.tolist(), draws.probs()
 
     def finish(self, request_id: str) -> None:
         self._places.forget(request_id)

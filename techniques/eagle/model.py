@@ -11,7 +11,8 @@ from techniques.draft_heads import HeadSpec
 from workbench.core.step import ForwardBatch
 from workbench.models.decoder import Decoder
 from workbench.slots.attention import AttentionLayer, ForwardContext
-from workbench.slots.kv_pool import RopeInputs
+from workbench.slots.kv_pool import KVPool, RopeInputs
+from workbench.slots.linear import LinearLayer
 
 
 class EagleModel:
@@ -53,11 +54,20 @@ class EagleModel:
             self.num_bytes += found.nbytes
             return found
 
-        def linear(*names: str) -> kernels.PackedLinear:
-            weight = torch.cat([tensor(f"{name}.weight") for name in names])
-            has_bias = f"{names[0]}.bias" in state
-            bias = torch.cat([tensor(f"{name}.bias") for name in names]) if has_bias else None
-            return kernels.pack_linear(weight, bias, expected_tokens)
+        self._ops, self._linear = target.ops, target.linear
+
+        def linear(*names: str) -> LinearLayer:
+            weights = [tensor(f"{name}.weight") for name in names]
+            shards = tuple((name, len(w)) for name, w in zip(names, weights, strict=True))
+            params = {"weight": torch.cat(weights)}
+            if f"{names[0]}.bias" in state:
+                params["bias"] = torch.cat([tensor(f"{name}.bias") for name in names])
+            out_features, in_features = params["weight"].shape
+            made = LinearLayer(
+                f"draft_head.{names[0]}", in_features, out_features, shards, len(params) > 1, params
+            )
+            self._linear.process_weights_after_loading(made, expected_tokens)
+            return made
 
         self._fc = linear("fc")
         self._qkv = linear(*(f"{prefix}self_attn.{part}_proj" for part in "qkv"))
@@ -101,52 +111,79 @@ class EagleModel:
         """Hidden states of the target that it reads."""
         return self.spec.aux_layers if self._is_third else (self._target.spec.num_layers,)
 
-    def start(self, kept: Mapping[int, torch.Tensor]) -> None:
-        """Take the target's hidden states, by layer ``[T, H]``, for the next pass."""
+    def start(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Features ``[T, H]`` of pairs by the target's hidden states, by layer ``[T, H]``."""
         states = [kept[i] for i in self.kept_layers]
         if self._is_third:
-            self.features = kernels.apply_linear(self._fc, torch.cat(states, dim=1))
-        else:
-            self.features = self._target.normalize(states[0])
+            return self._linear.apply(self._fc, torch.cat(states, dim=1))
+        return self._target.normalize(states[0])
 
-    def forward(self, batch: ForwardBatch, context: ForwardContext) -> torch.Tensor:
-        """Hidden states ``[T, H]``; ``batch.input_ids`` are the tokens one position on."""
-        tokens, hidden = self._target.embed(batch.input_ids), self.features
+    def fill(self, batch: ForwardBatch, features: torch.Tensor, pool: KVPool) -> None:
+        """Write keys and values of a batch of pairs, and nothing else: what comes out of its layer
+        is wanted of the pair that is drafted from alone."""
+        self._project(batch, self._join(batch.input_ids, features)[0], pool)
+
+    def _join(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the layer ``[T, n * H]``, and the residual stream beside it ``[T, H]``."""
+        tokens = self._target.embed(token_ids)
         if self._is_third:
             x = torch.cat(
                 [
-                    kernels.rms_norm(tokens, self._token_norm, self._eps),
-                    kernels.rms_norm(hidden, self._hidden_norm, self._eps),
+                    self._ops.rms_norm(tokens, self._token_norm, self._eps),
+                    self._ops.rms_norm(hidden, self._hidden_norm, self._eps),
                 ],
                 dim=1,
             )
-            residual = hidden.clone()
-        else:
-            x = kernels.apply_linear(self._fc, torch.cat([tokens, hidden], dim=1))
-            residual = x.clone()
+            return x, hidden.clone()
+        x = self._linear.apply(self._fc, torch.cat([tokens, hidden], dim=1))
+        return x, x.clone()
+
+    def _project(self, batch: ForwardBatch, x: torch.Tensor, pool: KVPool) -> torch.Tensor:
+        """Queries ``[T, heads, D]``; keys and values go to the pool."""
         (layer,) = self.attention_layers
-        q = context.pool.rotate_and_write(
+        return pool.rotate_and_write(
             0,
-            kernels.apply_linear(self._qkv, x),
+            self._linear.apply(self._qkv, x),
             batch.positions,
             batch.slot_mapping,
             layer.num_heads,
             self._rope,
         )
+
+    def forward(self, batch: ForwardBatch, context: ForwardContext) -> torch.Tensor:
+        """Hidden states ``[T, H]``; ``batch.input_ids`` are the tokens one position on."""
+        x, residual = self._join(batch.input_ids, self.features)
+        (layer,) = self.attention_layers
+        q = self._project(batch, x, context.pool)
         x = context.attention.forward(q, layer, context.metadata, context.pool).flatten(1)
-        x = kernels.apply_linear(self._o, x)
-        x = kernels.add_rms_norm_(x, residual, self._mlp_norm, self._eps)
-        x = kernels.silu_and_mul(kernels.apply_linear(self._gate_up, x))
-        self.features = residual.add_(kernels.apply_linear(self._down, x))
+        linear = self._linear
+        x = linear.apply(self._o, x)
+        x = self._ops.add_rms_norm_(x, residual, self._mlp_norm, self._eps)
+        if linear.gates(len(x)):
+            x = linear.apply_gated(self._gate_up, x, "silu")
+        else:
+            x = self._ops.silu_and_mul(linear.apply(self._gate_up, x))
+        self.features = residual.add_(linear.apply(self._down, x))
         return self.features
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[L, V]`` over the target's ids; those that it cannot propose have none."""
-        if not self._is_third:
-            return self._target.linear.apply(self._target.lm_head, hidden)
-        logits = kernels.apply_linear(self._head, kernels.rms_norm(hidden, self._norm, self._eps))
+        logits = self._own_logits(hidden)
         if self._ids is None:
             return logits
         whole = logits.new_full((len(logits), self.spec.vocab_size), -torch.inf)
         whole[:, self._ids] = logits
         return whole
+
+    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Likeliest token ``[L]`` int64 behind each of these hidden states ``[L, H]``."""
+        drawn = kernels.argmax(self._own_logits(hidden)[:, : self.spec.vocab_size])
+        return drawn if self._ids is None else self._ids[drawn]
+
+    def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Over the ids that it can propose."""
+        if not self._is_third:
+            return self._linear.apply(self._target.lm_head, hidden)
+        return self._linear.apply(self._head, self._ops.rms_norm(hidden, self._norm, self._eps))

@@ -41,6 +41,7 @@ class SyntheticVerifier(Verifier):
     Config = SyntheticVerifierConfig
     config: SyntheticVerifierConfig
     losslessness = "lossy"
+    is_greedy_match = True  # by what it overrules
 
     def __init__(self, config: SyntheticVerifierConfig | None = None) -> None:
         super().__init__(config)
@@ -79,7 +80,16 @@ class SyntheticVerifier(Verifier):
                 f"a verification of {num_drafts} drafts yields 1 to {num_drafts + 1} tokens, not "
                 f"{mean_accepted_length}."
             )
-        self._curve, self._on_device = geometric_curve(mean_accepted_length, num_drafts), None
+        self._curve = geometric_curve(mean_accepted_length, num_drafts)
+        kept = self._on_device
+        if kept is None:
+            return
+        if len(kept) < num_drafts:
+            self._on_device = None
+            return
+        with torch.inference_mode():  # where it lies: captured steps read it
+            kept.zero_()
+            kept[:num_drafts] = torch.tensor(self._curve, dtype=torch.float64)
 
     def verify(
         self,
@@ -93,7 +103,8 @@ class SyntheticVerifier(Verifier):
         output = sampler.sample(logits, metadata)
         if width == 0:
             return Accepted(output.token_ids.unsqueeze(1), output.logprobs)
-        num_accepted = self._accept(drafts)
+        num_drafts = (drafts.token_ids >= 0).sum(1)
+        num_accepted = self._num_accepted(num_drafts, width)
         rows = drafts.rows(logits.shape[0])
         last = output.token_ids[rows.gather(1, num_accepted.unsqueeze(1)).squeeze(1)]
         self._counts.add(drafts, num_accepted)
@@ -103,11 +114,26 @@ class SyntheticVerifier(Verifier):
         by_row = drafts.by_row(kept, logits.shape[0])
         return Accepted(kept, find_logprobs(raw, by_row, metadata.params))
 
-    def _accept(self, drafts: DraftsToVerify) -> torch.Tensor:
-        """How many drafts of each request are accepted, ``[B]`` int64: one number decides, so that
-        the share of those with at least so many is the curve's."""
-        count, width = drafts.token_ids.shape
-        device = drafts.token_ids.device
+    def overrule(
+        self, drawn: torch.Tensor, token_ids: torch.Tensor, num_drafts: torch.Tensor
+    ) -> torch.Tensor:
+        size = drawn.shape[1]
+        count = self._num_accepted(num_drafts, size - 1).unsqueeze(1)
+        num_drafts = num_drafts.unsqueeze(1)
+        place = torch.arange(1 - size, 1, device=drawn.device) + num_drafts  # of the own tokens
+        following = token_ids.roll(-1, 1)
+        other = torch.where(drawn > 0, drawn - 1, drawn + 1)
+        agrees = (place >= 0) & (place < count)
+        ends = (place == count) & (count < num_drafts) & (drawn == following)
+        return torch.where(agrees, following, torch.where(ends, other, drawn))
+
+    def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
+        self._counts.note(num_drafts, num_accepted)
+
+    def _num_accepted(self, num_drafts: torch.Tensor, width: int) -> torch.Tensor:
+        """Of ``num_drafts[B]``, at most ``width``, how many are accepted, ``[B]`` int64: one number
+        decides, so that the share of those with at least so many is the curve's."""
+        count, device = len(num_drafts), num_drafts.device
         if self._on_device is None:
             curve = self._curve or geometric_curve(
                 min(self.config.mean_accepted_length, width + 1), width
@@ -119,10 +145,12 @@ class SyntheticVerifier(Verifier):
         seeds = torch.arange(count, device=device) + self.config.seed * 1_000_003
         uniform = uniform_from_seed(seeds, self._step)
         passes = uniform.unsqueeze(1) < self._on_device[:width]
-        return (passes & (drafts.token_ids >= 0)).sum(1)
+        return torch.minimum(passes.sum(1), num_drafts)
 
     def clear_cached(self) -> None:
-        self._step = None  # what starts cold is accepted as the last time
+        if self._step is not None:  # what starts cold is accepted as the last time
+            with torch.inference_mode():
+                self._step.zero_()
 
     def counters(self) -> dict[str, float]:
         return self._counts.counters()

@@ -126,12 +126,16 @@ def outputs(*techniques: str) -> tuple[list[list[int]], dict[str, float]]:
 
 def check_models_draft_in_graphs() -> None:
     expected, _ = outputs(*GRAPHS)
-    for name in ("draft_model", "layer_skip"):
+    for name in ("draft_model", "layer_skip", "eagle"):
         found, counters = outputs(*GRAPHS, name)
         assert found == expected, name
         assert counters["drafter.failures"] == 0
         assert counters["graph_runner.draft_replays"] > 5, name
         assert counters["graph_runner.verify_replays"] > 5, name
+        if name == "eagle":
+            _, launched = outputs(*GRAPHS[:1], name)
+            most = launched["verifier.accepted_tokens"]
+            assert 0 < 0.9 * most <= counters["verifier.accepted_tokens"] <= 1.1 * most + 1
         if name == "draft_model":  # the target itself
             assert counters["verifier.acceptance_rate"] > 0.97, counters["verifier.acceptance_rate"]
 

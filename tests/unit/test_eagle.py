@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
 from workbench.slots.drafter import DraftContext, DraftTokens
-from workbench.slots.graph_runner import MIXED, VERIFY
+from workbench.slots.graph_runner import DRAFT, MIXED, VERIFY
 
 PAGED = ("engine/kv_cache=paged", "engine/scheduler=continuous", "engine.kv_cache.block_size=4")
 KV = {
@@ -62,7 +63,8 @@ def chain(module: EagleModule, known: list[int], count: int) -> list[int]:
 def check_every_draft(engine: Engine, module: EagleModule) -> list[int]:
     """From now on hold each proposal against the module; the list gets their lengths."""
     drafter: Any = engine.parts.components["drafter"]
-    propose, lengths = drafter.propose, []
+    propose: Callable[[DraftContext], DraftTokens] = drafter.propose
+    lengths: list[int] = []
 
     def checked(context: DraftContext) -> DraftTokens:
         drafts = propose(context)
@@ -109,8 +111,35 @@ def test_drafts_are_the_modules_behind_prepared_steps(kind: str) -> None:
         assert counts["verifier.accepted_tokens"] > 0
     runner = engine.parts.graph_runner
     assert isinstance(runner, MixedRunner)
-    assert {VERIFY, MIXED} <= set(runner.kinds)
+    assert {VERIFY, MIXED, DRAFT} <= set(runner.kinds)
+    assert counts["drafter.draft_passes"] >= 5 * runner.kinds.count(DRAFT)
     assert any(s.graph_mode == "eager" for s in engine.steps), "prompts too long for a mixed step"
+
+
+def test_sampled_requests_beside_greedy_ones_behind_prepared_steps() -> None:
+    """What such a step wrote for itself is not what came out: keys are written once more."""
+    prompts = mixed_prompts(6, longest=60, seed=6)
+    params = [
+        SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.7 * (i % 2), seed=i)
+        for i in range(len(prompts))
+    ]
+    wanted = tiny_engine(*PAGED, model=target()).generate(prompts, params)
+    found, drafts = [], []
+    for more in ((), MIXED_PREPARED):
+        engine = engine_with("eagle", *PAGED, *more)
+        drafter: Any = engine.parts.components["drafter"]
+        propose, own = drafter.propose, list[list[list[int]]]()
+
+        def noted(context: DraftContext, propose: Any = propose, own: Any = own) -> DraftTokens:
+            proposed: DraftTokens = propose(context)
+            own.append(proposed.token_ids)
+            return proposed
+
+        drafter.propose = noted
+        found.append([o.token_ids for o in engine.generate(prompts, params)])
+        drafts.append(own)
+    assert found[0] == found[1] == [o.token_ids for o in wanted]
+    assert drafts[0] == drafts[1] and len(drafts[0]) > 10
 
 
 def test_medusa_drafts_are_those_behind_other_steps() -> None:
@@ -190,7 +219,7 @@ def test_a_failing_head_costs_drafts_alone() -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("no such layer")
 
-    drafter._model.start = fails
+    drafter._model.fill = fails
     prompts = mixed_prompts(2)
     params = [SamplingParams(max_tokens=8, ignore_eos=True)] * 2
     found = [o.token_ids for o in engine.generate(prompts, params)]

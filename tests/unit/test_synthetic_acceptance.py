@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from techniques.synthetic_acceptance import (
 )
 from techniques.synthetic_acceptance.verifier import geometric_curve
 from tests.helpers.engines import check_idle, component, tiny_engine
+from tests.helpers.prepared import PREPARED
 from workbench.core.errors import ConfigError
 from workbench.core.sampling import SamplingParams
+from workbench.slots.graph_runner import VERIFY
 from workbench.slots.sampler import SamplingMetadata
 from workbench.slots.verifier import DraftsToVerify
 
@@ -110,6 +113,56 @@ def test_an_engine_saves_the_steps_that_the_mean_promises() -> None:
     assert counters["drafter.failures"] == 0
     assert len(engine.steps) == pytest.approx(240 / 3.5, rel=0.2)
     check_idle(engine)
+
+
+def test_a_prepared_step_accepts_what_verify_does() -> None:
+    """The same numbers by place, and the token behind the last accepted draft is not the next."""
+    asked, overruling = (verifier(mean_accepted_length=3.0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        num_drafts = torch.randint(0, NUM_DRAFTS + 1, (BATCH,), generator=generator)
+        tokens = torch.randint(0, 4, (BATCH, NUM_DRAFTS + 1), generator=generator)
+        drawn = torch.randint(0, 4, (BATCH, NUM_DRAFTS + 1), generator=generator)
+        found = overruling.overrule(drawn, tokens, num_drafts)
+        counts = asked._num_accepted(num_drafts, NUM_DRAFTS)
+        assert counts.sum() > 0 and (counts <= num_drafts).all()
+        for place, (count, drafts) in enumerate(zip(counts, num_drafts, strict=True)):
+            first = NUM_DRAFTS - int(drafts)  # place of the last known token
+            own, wanted = found[place, first:], tokens[place, first + 1 :]
+            agrees = (own[:-1] == wanted).long().cumprod(0).sum()
+            assert agrees == count, f"step {step}, place {place}"
+            last = first + int(count)
+            if count == drafts or drawn[place, last] != wanted[count]:
+                assert own[count] == drawn[place, last], "not the target's own token"
+            assert (found[place, :first] == drawn[place, :first]).all()
+
+
+def test_an_engine_with_prepared_steps_yields_as_many_tokens() -> None:
+    def lengths(*more: str) -> tuple[list[int], float]:
+        engine = tiny_engine(
+            "engine/kv_cache=paged",
+            "engine/scheduler=continuous",
+            *more,
+            techniques=("synthetic_acceptance",),
+            max_num_seqs=4,
+            max_model_len=256,
+        )
+        verifier: Any = engine.parts.components["verifier"]
+        found = []
+        for mean in (2.0, 4.5):  # what is asked for may change once steps are prepared
+            verifier.accept(mean, NUM_DRAFTS)
+            engine.clear_cached()
+            engine.reset_counters()
+            prompts = [[10 + i, 11, 12, 13, 14, 15] for i in range(4)]
+            engine.generate(prompts, SamplingParams(max_tokens=200, ignore_eos=True))
+            found.append(len(engine.steps))
+            mean_found = engine.counters()["verifier.mean_accepted_length"]
+            assert mean_found == pytest.approx(mean, abs=0.4)
+        kinds = set(getattr(engine.parts.graph_runner, "kinds", ()))
+        assert not more or VERIFY in kinds
+        return found, mean_found
+
+    assert lengths(*PREPARED) == lengths()
 
 
 @pytest.mark.parametrize(

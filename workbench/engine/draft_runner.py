@@ -94,22 +94,36 @@ class DraftRunner:
         Tensor [B, num_drafts] int64
             On the device. Behind the end of a request's blocks they mean nothing.
         """
-        return self.draft_from(spans, self.run(spans), num_drafts, draw)
+        drawn = draw(self.run(spans), 0)
+        return self._draft_singles(spans, drawn, [drawn], num_drafts, draw)
 
-    def draft_from(
+    def draft_on(
         self,
-        spans: Sequence[Span],
-        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        token_ids: torch.Tensor,
         num_drafts: int,
         draw: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> torch.Tensor:
-        """As :meth:`draft`, after spans that were run and gave these logits ``[B, V]``."""
-        drawn = draw(logits, 0)
-        drafts = [drawn]
-        if num_drafts > 1:
-            limits_host = [self.capacity(span.row) for span in spans]
-            batch, limits = self._single_tokens(spans, limits_host)
-            for place in range(1, num_drafts):
+        """Draft by passes over one token of each request: the first runs ``token_ids[B]`` at these
+        positions, each other one what was drawn before it. Returns what :meth:`draft` does."""
+        before = [Span(row, at - 1, at) for row, at in zip(rows, positions, strict=True)]
+        drafts: list[torch.Tensor] = []
+        return self._draft_singles(before, token_ids, drafts, num_drafts, draw)
+
+    def _draft_singles(
+        self,
+        before: Sequence[Span],
+        drawn: torch.Tensor,
+        drafts: list[torch.Tensor],
+        num_drafts: int,
+        draw: Callable[[torch.Tensor, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Complete ``drafts``, with what was ``drawn`` behind the end of each span."""
+        if len(drafts) < num_drafts:
+            limits_host = [self.capacity(span.row) for span in before]
+            batch, limits = self._single_tokens(before, limits_host)
+            for place in range(len(drafts), num_drafts):
                 self.move_on(batch, limits, drawn)
                 batch.seq_lens_host = [
                     min(length + 1, limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class DraftStep(PreparedStep):
     """
 
     kind = DRAFT
+    #: Positions by which the token that stands at one runs ahead of it.
+    ids_ahead: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -92,10 +95,12 @@ class DraftStep(PreparedStep):
     def gather(self, batch: ForwardBatch) -> None:
         table, size = self.parts.table, batch.num_requests
         # All known tokens but the last are computed; padding knows none.
-        last = table.num_computed_tokens[batch.rows].clamp_(min=self.tokens_each - 1)
+        last = table.num_computed_tokens[batch.rows] - self.ids_ahead
+        last.clamp_(min=self.tokens_each - 1)
         positions = last.unsqueeze(1) + self._offsets
         batch.block_table.copy_(table.block_table[batch.rows])
-        batch.input_ids.copy_(table.token_ids[batch.rows.unsqueeze(1), positions].view(-1))
+        ids = table.token_ids[batch.rows.unsqueeze(1), positions + self.ids_ahead]
+        batch.input_ids.copy_(ids.view(-1))
         batch.positions.copy_(positions.view(-1))
         batch.seq_lens.copy_(last + 1)
         block = batch.block_table.gather(1, positions // batch.block_size).long()
@@ -109,10 +114,14 @@ class DraftStep(PreparedStep):
         hidden = runner.forward_prepared(batch)
         self.finish(batch, hidden, (size, form))
 
+    def likeliest(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """Likeliest token ``[L]`` int64 behind these tokens, by default all."""
+        return kernels.argmax(self._runner.logits(hidden, index))
+
     def finish(self, batch: ForwardBatch, hidden: torch.Tensor, key: tuple[int, str]) -> None:
         runner, size = self._runner, batch.num_requests
         limits = self.places[:size, 1]
-        drawn = kernels.argmax(runner.logits(hidden, batch.logits_indices))
+        drawn = self.likeliest(hidden, batch.logits_indices)
         self.drafts[:size, 0].copy_(drawn)
         single = dataclasses.replace(
             batch,
@@ -124,5 +133,5 @@ class DraftStep(PreparedStep):
         )
         for place in range(1, self.drafts.shape[1]):
             runner.move_on(single, limits, drawn)
-            drawn = kernels.argmax(runner.logits(runner.forward_prepared(single), None))
+            drawn = self.likeliest(runner.forward_prepared(single), None)
             self.drafts[:size, place].copy_(drawn)

@@ -93,6 +93,7 @@ class ModelRunner:
             parts.mixed_step,
         )
         self._kept: dict[int, torch.Tensor] = {}  # of the last step
+        self._is_followed = False  # by itself
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -137,12 +138,15 @@ class ModelRunner:
             self._advance(inputs, accepted)
             if accepted.path is not None:
                 self._proposed_trees.move_accepted(inputs, accepted.path)
+            self._is_followed = False
         elif prepared is not None:
+            self._is_followed = True
             new = prepared.step.new_ids[: len(inputs.rows)]
             if not new.is_cuda:  # else it is copied to the host in the order of the steps
                 new = new.clone()
             accepted = Accepted(new)
         else:
+            self._is_followed = False
             self._advance(inputs, None)
         clock.lap("sample")
         verified = prepared is not None and metadata is None and inputs.max_drafts > 0
@@ -359,7 +363,9 @@ class ModelRunner:
                 host_rows=(self.table.host_block_table, inputs.rows),
             )
         states, self._kept = self._kept, {}
-        self.drafting.follow(FollowedStep(plan.request_ids, inputs.rows, batch, states))
+        self.drafting.follow(
+            FollowedStep(plan.request_ids, inputs.rows, batch, states, self._is_followed)
+        )
 
     @staticmethod
     def _drawn_by_request(inputs: StepInputs, drawn: TokensToRead) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +46,9 @@ class StepParts:
         these parts: where it is kept, under which key, and itself.
     kept_layers
         Whose hidden states are kept, as of :class:`~workbench.slots.attention.KeptHidden`.
+    follow
+        Queued with them behind a step that has written its tokens
+        (:meth:`~workbench.slots.drafter.Drafter.follow_prepared`).
     """
 
     model: Model
@@ -56,6 +59,7 @@ class StepParts:
     components: Mapping[str, Component]
     owned: list[tuple[Kept, tuple[int, str], torch.Tensor]] = field(default_factory=list)
     kept_layers: frozenset[int] = frozenset()
+    follow: Callable[[ForwardBatch, Mapping[int, torch.Tensor]], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,4 +260,6 @@ class UniformStep(PreparedStep):
             nothing = batch.positions[:0]
             greedy = SamplingMetadata(params=[], positions=nothing, seeds=nothing)
             self.store(batch, parts.sampler.sample(logits, greedy).token_ids)
+            if parts.follow is not None and self._states:
+                parts.follow(batch, self.kept_states(*key, batch.num_tokens))
         self.keep(self.logits, key, logits)

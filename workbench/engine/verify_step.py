@@ -38,6 +38,7 @@ class VerifyStep(UniformStep):
         table = parts.table
         self.places = torch.zeros(max_size, 2, dtype=torch.int64, device=table.device)
         self.places[:, 0] = table.padding_row
+        self._verifier = verifier
         self.writes_tokens = verifier.is_greedy_match
         super().__init__(parts, max_size, tokens_each)
 
@@ -65,11 +66,15 @@ class VerifyStep(UniformStep):
 
     def store(self, batch: ForwardBatch, drawn: torch.Tensor) -> None:
         table, size = self.parts.table, batch.num_requests
+        shape, places = (size, self.tokens_each), self.places[:size]
+        drawn = self._verifier.overrule(
+            drawn.view(shape), batch.input_ids.view(shape), places[:, 1]
+        )
         store_verified(
-            self.places[:size],
+            places,
             batch.seq_lens,
             batch.input_ids,
-            drawn,
+            drawn.view(-1),
             table.token_ids,
             table.num_computed_tokens,
             self.new_ids[:size],

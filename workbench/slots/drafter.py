@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,16 @@ class FollowedStep:
         As the target ran it: ``T`` tokens.
     kept : dict[int, Tensor[T, H]]
         Hidden states by layer, those of :attr:`Drafter.kept_layers`.
+    is_followed
+        Whether :meth:`Drafter.follow_prepared` was part of the step, and its tokens are those that
+        came out.
     """
 
     request_ids: list[str]
     rows: list[int]
     batch: ForwardBatch
     kept: dict[int, torch.Tensor]
+    is_followed: bool = False
 
 
 @dataclass(slots=True)
@@ -221,6 +225,19 @@ class Drafter(Component):
 
     def follow(self, step: FollowedStep) -> None:
         """See every step of the target once its tokens are known, before :meth:`propose`."""
+
+    def follow_prepared(self, batch: ForwardBatch, kept: Mapping[int, torch.Tensor]) -> None:
+        """Queue, as part of a prepared step that has written its tokens to the table, what
+        :meth:`follow` does on the device: with buffers that stay where they are, and without
+        waiting for the device.
+
+        Parameters
+        ----------
+        batch
+            Of as many tokens of each request as of any other.
+        kept
+            As of :class:`FollowedStep`.
+        """
 
     def note_plan(self, plan: SchedulerOutput) -> None:
         """See a step's plan before it runs: requests that start, and blocks that are given out."""

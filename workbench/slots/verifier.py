@@ -239,7 +239,8 @@ class Verifier(Component):
     #: Whether it tests drafts by what they were drawn from, ``DraftsToVerify.probs``.
     reads_probs: bool = False
     #: Whether, where every request is greedy, it keeps drafts as far as they are the likeliest
-    #: tokens, and the likeliest token after them. Then a prepared step may do so in its place.
+    #: tokens, and the likeliest token after them. Then a prepared step may do so in its place, with
+    #: what :meth:`overrule` makes of these tokens.
     is_greedy_match: bool = False
 
     def pair_with(self, drafter: Drafter) -> None:
@@ -260,6 +261,22 @@ class Verifier(Component):
         sampler: Sampler,
     ) -> Accepted:
         """Verify against ``logits[L, V]`` (the model's dtype; may be overwritten)."""
+
+    def overrule(
+        self, drawn: torch.Tensor, token_ids: torch.Tensor, num_drafts: torch.Tensor
+    ) -> torch.Tensor:
+        """In a prepared step: what is taken for the likeliest tokens, by default what they are.
+
+        Parameters
+        ----------
+        drawn : Tensor[B, Q] int64
+            Likeliest token behind each token of the step.
+        token_ids : Tensor[B, Q] int64
+            The step's tokens; drafts are the last of each place.
+        num_drafts : Tensor[B] int64
+            How many.
+        """
+        return drawn
 
     def note_prepared(self, num_drafts: list[int], num_accepted: list[int]) -> None:
         """Count a step that verified in its place, drafts and accepted ones by request."""
