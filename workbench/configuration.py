@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _MARKER_KEYS = {
     "paper",
     "measure",
 }
+_OPTIONAL_KEYS = {"yields"}
 _LOSSLESSNESS = ("exact", "distributional", "lossy")
 
 
@@ -41,6 +42,8 @@ class Marker:
     ----------
     slots
         Option that it puts into each slot.
+    yields
+        Those of the slots that it leaves to another technique which fills them too.
     requires
         Other techniques that must be there; ``a|b`` asks for either, of which ``a`` is taken where
         neither was asked for.
@@ -64,6 +67,7 @@ class Marker:
     evidence: tuple[str, ...]
     paper: str
     measure: dict[str, str]
+    yields: tuple[str, ...] = ()
 
     def lacking(self, names: Sequence[str]) -> list[str]:
         """Techniques to add to ``names`` so that all that is required is there."""
@@ -74,8 +78,10 @@ class Marker:
     def parse(cls, name: str, node: dict[str, Any]) -> Marker:
         """Check a marker's keys and make one."""
         for key in node:
-            if key not in _MARKER_KEYS:
-                raise unknown_name(f"key of technique {name}", key, _MARKER_KEYS)
+            if key not in _MARKER_KEYS | _OPTIONAL_KEYS:
+                raise unknown_name(
+                    f"key of technique {name}", key, sorted(_MARKER_KEYS | _OPTIONAL_KEYS)
+                )
         missing = _MARKER_KEYS - node.keys()
         if missing:
             raise ConfigError(f"technique {name} lacks {', '.join(sorted(missing))}.")
@@ -83,6 +89,9 @@ class Marker:
             raise unknown_name(
                 f"losslessness of technique {name}", node["losslessness"], _LOSSLESSNESS
             )
+        for slot in node.get("yields", []):
+            if slot not in node["slots"]:
+                raise unknown_name(f"slot that technique {name} yields", slot, node["slots"])
         return cls(
             name=name,
             summary=node["summary"],
@@ -93,6 +102,7 @@ class Marker:
             evidence=tuple(node["evidence"]),
             paper=node["paper"],
             measure=dict(node["measure"]),
+            yields=tuple(node.get("yields", [])),
         )
 
 
@@ -119,15 +129,16 @@ def options_of(group: str) -> list[str]:
 
 def load_markers() -> dict[str, Marker]:
     """Every technique's marker, by name."""
-    markers = {}
-    for name in options_of("technique"):
-        node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "technique" / f"{name}.yaml"))
-        assert isinstance(node, dict)
-        found = node.get("techniques", {})
-        if list(found) != [name]:
-            raise ConfigError(f"conf/technique/{name}.yaml must mark exactly itself.")
-        markers[name] = Marker.parse(name, found[name])
-    return markers
+    return {name: _load_marker(name) for name in options_of("technique")}
+
+
+def _load_marker(name: str) -> Marker:
+    node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "technique" / f"{name}.yaml"))
+    assert isinstance(node, dict)
+    found = node.get("techniques", {})
+    if list(found) != [name]:
+        raise ConfigError(f"conf/technique/{name}.yaml must mark exactly itself.")
+    return Marker.parse(name, found[name])
 
 
 def parse_markers(nodes: Any) -> dict[str, Marker]:
@@ -145,6 +156,37 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     """
     overrides = [as_model_name(_as_override(text)) for text in overrides]
     _check_technique_names(overrides)
+    asked = {text.lstrip("+").partition("=")[0] for text in overrides}
+
+    def leave(techniques: Iterable[Marker], choices: Mapping[str, str]) -> list[str]:
+        """The last technique of a list has its way; but one that yields has not."""
+        owned = {f"engine/{slot}": option for slot, option in _owned_slots(techniques).items()}
+        return [f"{k}={v}" for k, v in owned.items() if k not in asked and choices.get(k) != v]
+
+    names = technique_names(overrides)
+    if len(names) > 1:  # before keys of the one that has its way are looked for in another
+        overrides += leave([_load_marker(name) for name in names], {})
+    composed = _compose(overrides)
+    others = leave(composed.techniques.values(), composed.choices)
+    if others:
+        composed = _compose([*overrides, *others])
+    _check_clashes(composed)
+    return composed
+
+
+def _owned_slots(markers: Iterable[Marker]) -> dict[str, str]:
+    """What techniques put into slots that others yield."""
+    markers = list(markers)
+    yielded = {slot for marker in markers for slot in marker.yields}
+    return {
+        slot: option
+        for marker in markers
+        for slot, option in marker.slots.items()
+        if slot in yielded and slot not in marker.yields
+    }
+
+
+def _compose(overrides: Sequence[str]) -> Composed:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="workbench"):
@@ -156,9 +198,7 @@ def compose_config(overrides: Sequence[str]) -> Composed:
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
-    composed = Composed(cfg, choices, techniques)
-    _check_clashes(composed)
-    return composed
+    return Composed(cfg, choices, techniques)
 
 
 def suggested_groups(overrides: Sequence[str], techniques: Sequence[Marker]) -> list[str]:
@@ -258,11 +298,15 @@ def as_model_name(text: str) -> str:
 
 def _check_clashes(composed: Composed) -> None:
     filled: dict[str, Marker] = {}
+    owned = _owned_slots(composed.techniques.values())
     for marker in composed.techniques.values():
         for slot, option in marker.slots.items():
+            if slot in marker.yields and slot in owned:
+                continue
             other = filled.setdefault(slot, marker)
             # One may set options of what the one that it requires fills the slot with.
             builds_on = other.name in marker.requires or marker.name in other.requires
+            builds_on |= slot in marker.yields and slot in other.yields
             if other is not marker and not (builds_on and other.slots[slot] == option):
                 raise ConfigError(
                     f"techniques {other.name!r} and {marker.name!r} both fill slot {slot!r}: "
@@ -271,6 +315,8 @@ def _check_clashes(composed: Composed) -> None:
     for marker in composed.techniques.values():
         for slot, option in marker.slots.items():
             chosen = composed.choices.get(f"engine/{slot}")
+            if slot in marker.yields:
+                option = owned.get(slot, option)
             if chosen != option:
                 raise ConfigError(
                     f"technique {marker.name!r} fills slot {slot!r} with {option!r}, but "

@@ -109,11 +109,15 @@ def declared_conflict(techniques: Sequence[str]) -> bool:
     markers = markers_here()
 
     def share_a_slot(a: str, b: str) -> bool:
-        """One that builds on another may set options of what that one fills its slot with."""
-        common = set(markers[a].slots) & set(markers[b].slots)
-        builds_on = a in markers[b].requires or b in markers[a].requires
-        alike = all(markers[a].slots[slot] == markers[b].slots[slot] for slot in common)
-        return bool(common) and not (builds_on and alike)
+        """One that builds on another may set options of what that one fills its slot with; one
+        that yields leaves the slot to the other."""
+        one, other = markers[a], markers[b]
+        for slot in set(one.slots) & set(other.slots):
+            yielding = (slot in one.yields) + (slot in other.yields)
+            builds_on = a in other.requires or b in one.requires or yielding == 2
+            if yielding != 1 and not (builds_on and one.slots[slot] == other.slots[slot]):
+                return True
+        return False
 
     return any(
         b in markers[a].conflicts or share_a_slot(a, b)
@@ -141,12 +145,13 @@ def why_not_here(technique: str) -> str | None:
 def together(*first: str) -> tuple[str, ...]:
     """As many techniques as can run here at once, and what they require, required ones first.
 
-    ``first`` are among them, where nothing speaks against it.
+    ``first`` are among them, and none promises less of its tokens than they do.
     """
     chosen: list[str] = [*first]
     for name in TECHNIQUES:
         clashes = name in chosen or declared_conflict([*chosen, name])
-        if why_not_here(name) is None and not clashes:
+        weaker = weakest_class([*chosen, name]) != weakest_class(first)
+        if why_not_here(name) is None and not clashes and not weaker:
             chosen.append(name)
     return tuple(with_requirements(chosen))
 

@@ -157,3 +157,37 @@ def test_a_technique_may_build_on_the_one_that_it_requires() -> None:
     both = compose_config(["+technique=[skinny_gemm,tuned_gemm]"])
     alone = compose_config(["+technique=skinny_gemm"])
     assert both.components["linear"] == {**alone.components["linear"], "tune_dense": True}
+
+
+@pytest.mark.parametrize(
+    ("names", "drafter", "verifier"),
+    [
+        ("rejection_sampling", "ngram", "rejection"),
+        ("[draft_model,rejection_sampling]", "draft_model", "rejection"),
+        ("[rejection_sampling,draft_model]", "draft_model", "rejection"),
+        ("[spec_decode,eagle]", None, None),
+        ("[lookahead_decoding,rejection_sampling]", None, None),
+    ],
+)
+def test_a_technique_yields_slots_to_another_that_fills_them(
+    names: str, drafter: str | None, verifier: str | None
+) -> None:
+    """Whatever their order; and where neither yields, they clash."""
+    if drafter is None:
+        with pytest.raises(ConfigError, match="both fill slot"):
+            compose_config([f"+technique={names}"])
+        return
+    composed = compose_config([f"+technique={names}"])
+    assert composed.choices["engine/drafter"] == drafter
+    assert composed.choices["engine/verifier"] == verifier
+    with pytest.raises(ConfigError, match="engine/verifier=exact_match was asked for"):
+        compose_config([f"+technique={names}", "engine/verifier=exact_match"])
+
+
+def test_yielding_a_slot_that_is_not_filled_is_an_error() -> None:
+    node = {
+        "summary": "s", "slots": {"drafter": "ngram"}, "yields": ["verifier"], "requires": [],
+        "conflicts": [], "losslessness": "exact", "evidence": [], "paper": "p", "measure": {},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="slot that technique mine yields 'verifier'"):
+        Marker.parse("mine", node)
