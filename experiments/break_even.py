@@ -36,6 +36,7 @@ from workbench.bench.environment import collect_environment
 from workbench.configuration import compose_config, engine_config
 from workbench.core.errors import ConfigError
 from workbench.core.sampling import SamplingParams
+from workbench.core.step import StepRecord
 from workbench.engine.engine import Engine
 
 #: Steps before the first that counts, in which graphs and caches are met for the first time.
@@ -97,10 +98,12 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Steps in which a whole batch decoded: seconds each, and tokens a request and step."""
+    """Steps in which a whole batch decoded: seconds each, tokens a request and step, and medians of
+    microseconds by part of a step."""
 
     seconds: list[float]
     tokens_each: float
+    parts_us: dict[str, float]
 
 
 def make_engine(
@@ -124,7 +127,7 @@ def decode(engine: Engine, batch_size: int, options: Options, most_each: int) ->
     )
     ids = [engine.add_request(prompt, params) for prompt in prompts.tolist()]
     seconds: list[float] = []
-    num_tokens = 0
+    num_tokens, timed = 0, list[StepRecord]()
     while len(seconds) < wanted:
         began = time.perf_counter()
         engine.step()
@@ -132,12 +135,20 @@ def decode(engine: Engine, batch_size: int, options: Options, most_each: int) ->
         step = engine.steps[-1]
         if step.num_requests == batch_size and not step.num_prompt_tokens:
             seconds.append(took)
-            num_tokens += step.num_output_tokens if len(seconds) > _WARM_UP else 0
+            if len(seconds) > _WARM_UP:
+                num_tokens += step.num_output_tokens
+                timed.append(step)
     for request_id in ids:
         engine.abort(request_id)
     while engine.has_unfinished():
         engine.step()
-    return Steps(seconds[_WARM_UP:], num_tokens / (batch_size * options.num_steps))
+    names = {name for step in timed for name in step.parts_us}
+    parts = {
+        name: round(statistics.median(step.parts_us.get(name, 0.0) for step in timed), 1)
+        for name in sorted(names)
+    }
+    parts["device"] = round(statistics.median(step.device_us for step in timed), 1)
+    return Steps(seconds[_WARM_UP:], num_tokens / (batch_size * options.num_steps), parts)
 
 
 def measure_length(
@@ -180,6 +191,8 @@ def measure_length(
                 "plain_step_ms": 1e3 * one,
                 "step_ms": 1e3 * many,
                 "break_even_length": many / one,
+                "plain_parts_us": base.parts_us,
+                "parts_us": found.parts_us,
                 "plain_step_ms_by_round": [1e3 * s for s in plain_s],
                 "step_ms_by_run": [1e3 * s for s in step_s],
                 "measured": [

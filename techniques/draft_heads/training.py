@@ -1,8 +1,8 @@
 """Training a head on text that its target wrote, and measuring it on text held out.
 
-The target's hidden states are computed again for every batch rather than kept: a pass of the target
-over a batch costs little beside writing text one token at a time, and memory and disk hold no more
-than one batch whatever the length of the corpus.
+The target's hidden states are kept from one pass over the text to the next as far as they may take
+memory (``kept_states_gib``), and computed again where they do not fit: a pass of the target over a
+batch costs little beside writing text one token at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from techniques.draft_heads.corpus import Corpus, Text, TextBatch, batches, frequent_ids
 from techniques.draft_heads.files import with_target
@@ -22,6 +23,8 @@ from techniques.draft_heads.spec import HeadSpec
 from techniques.draft_heads.target import HiddenStates, Target
 from techniques.draft_heads.trainees import Trainee, Wanted
 from workbench.core.errors import ConfigError
+
+_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class TrainingOptions:
         Passes over the text.
     batch_tokens
         Tokens a step, padding included.
+    kept_states_gib
+        Memory, on the device, for hidden states that later passes over the text read again.
     learning_rate, weight_decay, warmup_fraction, max_grad_norm
         Of AdamW; the rate rises linearly over the warm-up and falls by a cosine to zero.
     """
@@ -48,6 +53,7 @@ class TrainingOptions:
     writing_share: float = 0.4
     epochs: int = 10
     batch_tokens: int = 4096
+    kept_states_gib: float = 2.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_fraction: float = 0.03
@@ -61,6 +67,7 @@ class TrainingOptions:
             ("writing_share", 0 < self.writing_share < 1, "between 0 and 1"),
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_tokens", self.batch_tokens >= 16, "16 or more"),
+            ("kept_states_gib", self.kept_states_gib >= 0, "0 or more"),
             ("learning_rate", self.learning_rate > 0, "over 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "between 0 and 1"),
@@ -163,9 +170,16 @@ class Trainer:
         self.stop_at, self.report = stop_at, report
         self.device = target.decoder.device
         self.lm_head = target.lm_head()
+        self._kept: dict[int, HiddenStates] = {}  # by the first text of a batch
+        self._kept_bytes = 0
 
     def run(self, corpus: Corpus) -> Trained:
         """Train to the end, or as long as there is time."""
+        # cuDNN plans every shape anew, and texts have hundreds of lengths.
+        with sdpa_kernel(list(_ATTENTION)):
+            return self._run(corpus)
+
+    def _run(self, corpus: Corpus) -> Trained:
         began = time.monotonic()
         spec, module = self._make(corpus.train)
         untrained = self.measure(module, corpus.held_out)
@@ -326,10 +340,18 @@ class Trainer:
         return base, Wanted(draft_ids, probs), says.final[source]
 
     def _hidden(self, module: nn.Module, batch: TextBatch) -> HiddenStates:
-        spec: HeadSpec = module.spec  # type: ignore[assignment]
-        return self.target.hidden_states(
-            [text.token_ids for text in batch.texts], self.trainee.layers(spec)
-        )
+        key = id(batch.texts[0])  # of one batch in every pass over the text
+        states = self._kept.get(key)
+        if states is None:
+            spec: HeadSpec = module.spec  # type: ignore[assignment]
+            states = self.target.hidden_states(
+                [text.token_ids for text in batch.texts], self.trainee.layers(spec)
+            )
+            size = states.final.nbytes + states.kept.nbytes
+            if self._kept_bytes + size <= self.options.kept_states_gib * 2**30:
+                self._kept[key] = states
+                self._kept_bytes += size
+        return states
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

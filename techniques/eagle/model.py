@@ -82,8 +82,8 @@ class EagleModel:
             self._hidden_norm = tensor(f"{prefix}hidden_norm.weight")
             self._norm, self._head = tensor("norm.weight"), linear("lm_head")
             if spec.has_reduced_vocab:
-                ids = state["d2t"].long() + torch.arange(spec.draft_vocab_size)
-                self._ids = ids.to(target.device)
+                places = torch.arange(spec.draft_vocab_size, device=target.device)
+                self._ids = state["d2t"].to(target.device).long() + places
         (rope,) = {own.rope for own in layer.layers}
         table = rope.table(layer.max_position_embeddings, target.device)
         self.num_bytes += table.nbytes
