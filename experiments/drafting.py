@@ -31,6 +31,9 @@ DRAFTERS = {
     "suffix_tree": ("+technique=[suffix_decoding,suffix_tree]",),
     "lookahead": ("+technique=lookahead_decoding",),
 }
+#: Drafters that need a trained head.
+HEADS = ("eagle", "medusa")
+NAMES = (*DRAFTERS, *HEADS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +44,33 @@ class Options:
     ----------
     texts
         Workloads, one after the other.
+    eagle, medusa
+        Folders of trained heads, as of ``train_head``, each of which adds a row.
     """
 
     texts: tuple[str, ...] = ("code_edit", "summarize", "chat")
+    eagle: str = ""
+    medusa: str = ""
 
     def __post_init__(self) -> None:
         for name in self.texts:
             if name not in options_of("workload"):
                 raise unknown_name("workload", name, options_of("workload"))
 
+    def drafters(self) -> dict[str, tuple[str, ...]]:
+        """Overrides by drafter."""
+        heads = {name: getattr(self, name) for name in HEADS}
+        more = {
+            name: (f"+technique={name}", f"engine.drafter.head={folder}")
+            for name, folder in heads.items()
+            if folder
+        }
+        return {**DRAFTERS, **more}
+
 
 def drafting_rows(records: Sequence[Record]) -> list[Record]:
     """Those of drafters that passed every gate."""
-    return [r for r in records if r.variant in DRAFTERS and r.metrics]
+    return [r for r in records if r.variant in NAMES and r.metrics]
 
 
 def acceptance_by_position(record: Record) -> list[float]:
@@ -72,7 +89,7 @@ def result_table(groups: Mapping[str, Sequence[Record]]) -> Table:
     )  # fmt: skip
     for text, records in groups.items():
         for record in records:
-            if record.variant not in DRAFTERS:
+            if record.variant not in NAMES:
                 continue
             name = f"{text}, {record.variant}"
             if record.speedup is None or record.ci95 is None:
@@ -105,7 +122,8 @@ def draw(groups: Mapping[str, Sequence[Record]], record_file: Path) -> Path | No
 
 
 def _draw_speedups(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
-    names = list(DRAFTERS)
+    present = {r.variant for records in groups.values() for r in drafting_rows(records)}
+    names = [name for name in NAMES if name in present]
     width = 0.8 / len(names)
     for text_index, records in enumerate(groups.values()):
         for record in drafting_rows(records):
@@ -117,7 +135,7 @@ def _draw_speedups(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
                 record.speedup,
                 0.9 * width,
                 yerr=[[max(0.0, record.speedup - low)], [max(0.0, high - record.speedup)]],
-                color=figures.colour(index),
+                color=figures.colour(NAMES.index(record.variant)),
                 ecolor="#333333",
                 capsize=3,
             )
@@ -125,8 +143,8 @@ def _draw_speedups(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("output tok/s over no speculation")
     axes.set_title("speed-up, one request at a time (95 %)", fontsize=9, loc="left")
-    for index, name in enumerate(names):
-        axes.bar(0, 0, color=figures.colour(index), label=name)
+    for name in names:
+        axes.bar(0, 0, color=figures.colour(NAMES.index(name)), label=name)
     figures.legend(axes, loc="upper right")
 
 
@@ -137,7 +155,7 @@ def _draw_acceptance(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None
             axes.plot(
                 np.arange(1, len(shares) + 1),
                 [100 * share for share in shares],
-                color=figures.colour(list(DRAFTERS).index(record.variant)),
+                color=figures.colour(NAMES.index(record.variant)),
                 ls=figures.line(text_index),
                 marker=figures.marker(text_index),
                 mfc="none",
@@ -158,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     record_file = Path()
     for text in options.texts:
         overrides = ["+experiment=drafting", f"workload={text}", *rest]
-        results = measure(overrides, DRAFTERS, line)
+        results = measure(overrides, options.drafters(), line)
         print_table(results, command.console())
         groups[text], record_file = rows.records_of(results), rows.file_of(results)
     path = draw(groups, record_file)

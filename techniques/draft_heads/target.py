@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from workbench.core.errors import UnsupportedError
 from workbench.core.step import ForwardBatch
 from workbench.models.decoder import Decoder
-from workbench.slots.attention import ForwardContext, KeptHidden, SdpaAttention
-from workbench.slots.kv_pool import ModelDtypePool
+from workbench.slots.attention import AttentionLayer, ForwardContext, KeptHidden, SdpaAttention
+from workbench.slots.kv_pool import KVPool, ModelDtypePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Target:
             block_size=longest,
             device=device,
         )
-        kept, attention = KeptHidden(frozenset(layers)), SdpaAttention()
+        kept, attention = KeptHidden(frozenset(layers)), _WholeTexts()
         context = ForwardContext(batch, attention, attention.build_metadata(batch), pool, kept)
         final = decoder.normalize(decoder.forward(batch, context))
         place = torch.cat([b * longest + torch.arange(n) for b, n in enumerate(lengths)]).to(device)
@@ -95,6 +96,30 @@ class Target:
         states = [padded(kept.states[i]) for i in layers]
         final = padded(final)
         return HiddenStates(final, torch.cat(states, -1) if states else final[..., :0])
+
+
+class _WholeTexts(SdpaAttention):
+    """Attention of whole texts, each of which has one block of the pool: all of them at once."""
+
+    def forward(
+        self, q: torch.Tensor, layer: AttentionLayer, metadata: ForwardBatch, pool: KVPool
+    ) -> torch.Tensor:
+        if layer.sliding_window is not None or layer.soft_cap is not None:
+            return super().forward(q, layer, metadata, pool)
+        count = metadata.num_requests
+        k, v = (cache[:count].transpose(1, 2) for cache in pool.layer(layer.index))
+        padded = q.new_zeros(count * metadata.block_size, *q.shape[1:])
+        padded[metadata.slot_mapping] = q
+        # What stands behind a text's end is zero, and only padding sees it.
+        out = F.scaled_dot_product_attention(
+            padded.view(count, metadata.block_size, *q.shape[1:]).transpose(1, 2),
+            k,
+            v,
+            is_causal=True,
+            scale=layer.scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).reshape(padded.shape)[metadata.slot_mapping]
 
 
 def _whole_texts(

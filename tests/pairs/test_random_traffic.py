@@ -39,7 +39,8 @@ def pairs_in(names: tuple[str, ...]) -> set[frozenset[str]]:
 
 
 def groups() -> list[tuple[str, ...]]:
-    """Groups that nothing can join, chosen so that few of them have every pair."""
+    """Groups that nothing can join which promises as much of its tokens, chosen so that few of them
+    have every pair."""
     singles = [names for names in COMPATIBLE if len(names) == 1]
     left, found = set(PAIRS), []
     while left:
@@ -50,7 +51,11 @@ def groups() -> list[tuple[str, ...]]:
         group = max(sorted(tuple(sorted(pair)) for pair in left), key=num_new)
         while True:
             wider = [(*group, *single) for single in singles if single[0] not in group]
-            wider = [names for names in wider if not declared_conflict(names)]
+            wider = [
+                names
+                for names in wider
+                if not declared_conflict(names) and weakest_class(names) == weakest_class(group)
+            ]
             if not wider:
                 break
             group = max(wider, key=num_new)

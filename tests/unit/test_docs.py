@@ -430,7 +430,7 @@ def test_guide_shows_the_files_of_the_template(with_template: Path) -> None:
         # The marker's remark on `measure` is the one thing that the page leaves out.
         assert re.sub(r"  # unless .*", "", written) == block
     keys = {row[0].strip("`") for row in table_rows(section(GUIDE.read_text(), KEYS_HEADING))}
-    assert keys == configuration._MARKER_KEYS
+    assert keys == configuration._MARKER_KEYS | configuration._OPTIONAL_KEYS
 
 
 def test_copied_template_meets_the_contract_of_its_slot(with_template: Path) -> None:
