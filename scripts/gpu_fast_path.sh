@@ -25,7 +25,7 @@ for part in "${@:-checks kernels peak cascade ablation timeline}"; do
             # Kernels compile in as many processes as xdist, where it is installed, may start.
             do_run python3 -m pytest -q ${PYTEST_WORKERS:+-n "$PYTEST_WORKERS"} \
                 tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,invariant_gemm,rotary}.py \
-                tests/kernels/test_{verify,mixed}_step.py
+                tests/kernels/test_{verify,mixed,draft}_step.py
             ;;
         kernels)
             do_run python3 -m experiments.gpu_fused --out "$OUT/fused.jsonl"
@@ -47,7 +47,7 @@ for part in "${@:-checks kernels peak cascade ablation timeline}"; do
                 do_run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                     python3 -m pytest -q -x -p no:cacheprovider -k "dtype1 or cut or gates or step" \
                     tests/kernels/test_triton_{norm,activation,argmax,sampling,skinny_gemm,gemv,rotary}.py \
-                    tests/kernels/test_{verify,mixed}_step.py
+                    tests/kernels/test_{verify,mixed,draft}_step.py
             done
             ;;
         cascade)

@@ -159,6 +159,13 @@ class EagleModel:
         q = self._project(batch, x, context.pool)
         x = context.attention.forward(q, layer, context.metadata, context.pool).flatten(1)
         linear = self._linear
+        if linear.fuses(len(x)):  # what stands between the products is theirs
+            linear.apply_add_(self._o, x, residual)
+            norm = kernels.RowNorm(self._mlp_norm, self._eps, 0.0)
+            x = linear.apply_normed(self._gate_up, residual, norm, "silu")
+            linear.apply_add_(self._down, x, residual)
+            self.features = residual
+            return residual
         x = linear.apply(self._o, x)
         x = self._ops.add_rms_norm_(x, residual, self._mlp_norm, self._eps)
         if linear.gates(len(x)):
@@ -186,4 +193,8 @@ class EagleModel:
         """Over the ids that it can propose."""
         if not self._is_third:
             return self._linear.apply(self._target.lm_head, hidden)
-        return self._linear.apply(self._head, self._ops.rms_norm(hidden, self._norm, self._eps))
+        linear = self._linear
+        if linear.fuses(len(hidden)):
+            norm = kernels.RowNorm(self._norm, self._eps, 0.0)
+            return linear.apply_normed(self._head, hidden, norm)
+        return linear.apply(self._head, self._ops.rms_norm(hidden, self._norm, self._eps))

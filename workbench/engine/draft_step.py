@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import kernels
+from kernels.draft_step import advance_drafts, gather_draft_inputs
 from workbench.core.step import ForwardBatch
 from workbench.engine.draft_runner import DraftRunner
 from workbench.engine.prepared_step import PreparedStep, StepParts
@@ -58,14 +59,13 @@ class DraftStep(PreparedStep):
         whole.seq_lens.fill_(tokens_each)
         self._starts = starts.int()
         self._last = starts[1:] * tokens_each - 1
-        self._offsets = torch.arange(tokens_each, device=table.device) - (tokens_each - 1)
 
     def place_rows(self) -> torch.Tensor:
         return self.places[:, 0]
 
     @property
     def num_bytes(self) -> int:
-        own = (self.places, self.drafts, self._starts, self._last, self._offsets)
+        own = (self.places, self.drafts, self._starts, self._last)
         return super().num_bytes + sum(tensor.nbytes for tensor in own)
 
     def fill(self, rows: list[int], limits: list[int], size: int) -> None:
@@ -93,19 +93,21 @@ class DraftStep(PreparedStep):
         )
 
     def gather(self, batch: ForwardBatch) -> None:
-        table, size = self.parts.table, batch.num_requests
-        # All known tokens but the last are computed; padding knows none.
-        last = table.num_computed_tokens[batch.rows] - self.ids_ahead
-        last.clamp_(min=self.tokens_each - 1)
-        positions = last.unsqueeze(1) + self._offsets
-        batch.block_table.copy_(table.block_table[batch.rows])
-        ids = table.token_ids[batch.rows.unsqueeze(1), positions + self.ids_ahead]
-        batch.input_ids.copy_(ids.view(-1))
-        batch.positions.copy_(positions.view(-1))
-        batch.seq_lens.copy_(last + 1)
-        block = batch.block_table.gather(1, positions // batch.block_size).long()
-        slots = block * batch.block_size + positions % batch.block_size
-        batch.slot_mapping.copy_(slots.view(size * self.tokens_each))
+        table = self.parts.table
+        gather_draft_inputs(
+            self.places[: batch.num_requests],
+            table.token_ids,
+            table.num_computed_tokens,
+            table.block_table,
+            batch.block_size,
+            self.ids_ahead,
+            self.drafts.shape[1],
+            input_ids=batch.input_ids,
+            positions=batch.positions,
+            seq_lens=batch.seq_lens,
+            slot_mapping=batch.slot_mapping,
+            batch_block_table=batch.block_table,
+        )
 
     def run(self, size: int, form: str = PLAIN_FORM) -> None:
         self._lend()
@@ -120,18 +122,33 @@ class DraftStep(PreparedStep):
 
     def finish(self, batch: ForwardBatch, hidden: torch.Tensor, key: tuple[int, str]) -> None:
         runner, size = self._runner, batch.num_requests
-        limits = self.places[:size, 1]
-        drawn = self.likeliest(hidden, batch.logits_indices)
-        self.drafts[:size, 0].copy_(drawn)
-        single = dataclasses.replace(
-            batch,
-            positions=batch.positions[batch.logits_indices],
-            query_start_loc=self._starts[: size + 1],
-            logits_indices=self._starts[:size].long(),
-            query_lens_host=[1] * size,
-            extras={},
-        )
-        for place in range(1, self.drafts.shape[1]):
-            runner.move_on(single, limits, drawn)
+        places, drafts = self.places[:size], self.drafts[:size]
+        drawn = self.likeliest(hidden, None if self.tokens_each == 1 else batch.logits_indices)
+        single = batch
+        if self.tokens_each > 1:
+            single = dataclasses.replace(
+                batch,
+                input_ids=drawn.clone(),
+                positions=batch.positions[batch.logits_indices],
+                slot_mapping=batch.slot_mapping[:size],
+                query_start_loc=self._starts[: size + 1],
+                logits_indices=self._starts[:size].long(),
+                query_lens_host=[1] * size,
+                extras={},
+            )
+        for index in range(drafts.shape[1] - 1):
+            advance_drafts(
+                drawn,
+                places,
+                single.block_table,
+                single.block_size,
+                self.parts.pool.num_blocks,
+                input_ids=single.input_ids,
+                positions=single.positions,
+                seq_lens=single.seq_lens,
+                slot_mapping=single.slot_mapping,
+                drafts=drafts,
+                index=index,
+            )
             drawn = self.likeliest(runner.forward_prepared(single), None)
-            self.drafts[:size, place].copy_(drawn)
+        drafts[:, -1].copy_(drawn)
