@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import kernels
 from techniques.draft_heads import (
     EagleModule,
     HeadSpec,
@@ -26,11 +25,11 @@ from techniques.draft_heads import (
 from techniques.draft_heads.corpus import Text, WritingPlan, batches, frequent_ids
 from techniques.draft_heads.files import head_shapes, with_target
 from techniques.draft_heads.trainees import TrainEagle, TrainEagle3, Trainee, TrainMedusa
+from tests.helpers.fusing import FusingLinear
 from tests.helpers.heads import tiny_target
 from tests.helpers.tiny_models import hf_model, tiny_model
 from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.models.loader import load_model
-from workbench.slots.linear import DenseLinear, LinearLayer
 
 #: Published names of the tensors of each layout, one residual block and two heads for Medusa.
 NAMES = {
@@ -235,29 +234,6 @@ def test_kept_hidden_states_are_those_of_transformers(family: str) -> None:
         own = states.final[row, : len(text)]
         torch.testing.assert_close(own, theirs[-1][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(own @ target.lm_head().T, found.logits[0], atol=1e-4, rtol=1e-4)
-
-
-class FusingLinear(DenseLinear):
-    """Takes norms and sums into its products, as the kernels for small steps do."""
-
-    def fuses(self, num_tokens: int) -> bool:
-        return True
-
-    def apply_normed(
-        self,
-        layer: LinearLayer,
-        x: torch.Tensor,
-        norm: kernels.RowNorm,
-        activation: str | None = None,
-    ) -> torch.Tensor:
-        y = self.apply(layer, kernels.rms_norm(x, norm.weight, norm.eps, offset=norm.offset))
-        if activation is None:
-            return y
-        gate, up = y.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-
-    def apply_add_(self, layer: LinearLayer, x: torch.Tensor, residual: torch.Tensor) -> None:
-        residual.add_(self.apply(layer, x))
 
 
 def test_fused_steps_keep_the_same_states(target: Target) -> None:

@@ -116,6 +116,17 @@ def test_drafts_are_the_modules_behind_prepared_steps(kind: str) -> None:
     assert any(s.graph_mode == "eager" for s in engine.steps), "prompts too long for a mixed step"
 
 
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_are_the_modules_where_products_take_their_neighbours(kind: str) -> None:
+    """Norms and additions within the products, as the kernels for small steps have them."""
+    fusing = "engine.linear._target_=tests.helpers.fusing.FusingLinear"
+    engine = engine_with(kind, *PAGED, *MIXED_PREPARED, fusing)
+    lengths = check_every_draft(engine, eagle_module(target(), kind))
+    params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 4
+    engine.generate(mixed_prompts(4, longest=40, seed=4), params)
+    assert engine.counters()["drafter.failures"] == 0 and lengths.count(5) > 10
+
+
 def test_sampled_requests_beside_greedy_ones_behind_prepared_steps() -> None:
     """What such a step wrote for itself is not what came out: keys are written once more."""
     prompts = mixed_prompts(6, longest=60, seed=6)

@@ -19,8 +19,10 @@ from tests.helpers.engines import check_idle, mixed_prompts, tiny_engine
 from tests.helpers.heads import tiny_target
 from tests.helpers.tiny_models import tiny_model
 from workbench.cli.main import WRONG_COMMAND, main
-from workbench.cli.prompts import read_prompts
+from workbench.cli.prompts import read_prompts, write_own_prompts
 from workbench.core.errors import ConfigError
+from workbench.core.outputs import CompletionOutput, RequestOutput
+from workbench.core.request import FinishReason
 from workbench.core.sampling import SamplingParams
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "far", "from", "big", "red", "dogs"]
@@ -226,3 +228,57 @@ def test_prompts_of_every_shape(data: Path, tmp_path: Path) -> None:
             read_prompts([str(tmp_path / name)], tokenizer, longest=96, count=None, seed=0)
     with pytest.raises(ConfigError, match="hold 24 prompts"):
         read_prompts([str(data)], tokenizer, longest=96, count=25, seed=0)
+
+
+class Writer:
+    """Stands for an engine whose answers are given, in turn."""
+
+    def __init__(self, answers: list[tuple[str, FinishReason]]) -> None:
+        from tests.helpers.tiny_models import tiny_tokenizer
+
+        self.tokenizer: Any = tiny_tokenizer(128)
+        self._answers, self.openings = answers, list[str]()
+
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> list[RequestOutput]:
+        assert len({p.seed for p in params}) == len(params)
+        self.openings += [self.tokenizer.decode(ids) for ids in prompts]
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            text, reason = self._answers[(len(self.openings) + index) % len(self._answers)]
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            made = CompletionOutput(0, ids, text, reason)
+            outputs.append(RequestOutput(str(index), prompt, [made], True))
+        return outputs
+
+
+def test_a_model_writes_prompts_of_its_own() -> None:
+    """Different ones that it ended and that fit, after the template's opening of a question."""
+    stop, length = FinishReason.STOP, FinishReason.LENGTH
+    answers = [("the cat", stop), ("a mat", stop), ("sat on", length), ("", stop)]
+    answers.append(("dogs " * 40, stop))
+    writer: Any = Writer(answers)
+    prompts = write_own_prompts(writer, longest=60, count=2, seed=0)
+    texts = sorted(writer.tokenizer.decode(ids) for ids in prompts)
+    assert texts == ["user: a mat\nassistant: ", "user: the cat\nassistant: "]
+    assert set(writer.openings) == {"user: "}
+    with pytest.raises(ConfigError, match=r"2 have an end within .* num_own_prompts=3"):
+        write_own_prompts(writer, longest=60, count=3, seed=0)
+    writer.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        write_own_prompts(writer, longest=60, count=2, seed=0)
+
+
+def test_a_head_learns_from_prompts_of_its_own_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of the shipped ones, or beside those of files."""
+    own = [[5 + i, 6, 7, 8 + i] for i in range(6)]
+    monkeypatch.setattr("workbench.cli.train_head.write_own_prompts", lambda engine, **_: own)
+    arguments = ["kind=eagle3", f"model={counting_model()}", "num_own_prompts=6"]
+    small = [*SMALL, "training.epochs=1", "head.draft_vocab_size=100", "training.kept_states_gib=0"]
+    assert main(["train_head", *arguments, f"out={tmp_path / 'head'}", *small]) == 0
+    record = json.loads((tmp_path / "head" / "training.json").read_text())
+    assert record["data"]["num_prompts"] == record["data"]["num_own_prompts"] == 6
+    assert record["data"]["files"] == []
