@@ -256,7 +256,7 @@ def draw(record: dict[str, Any], file: Path) -> Path:
     left.set_title("break-even (dotted: all drafts hold)", fontsize=9, loc="left")
     figures.legend(left, loc="best")
     _draw_speedups(right, [e for e in entries if e["num_draft_tokens"] == lengths[-1]])
-    return figures.save(figure, file, "break_even", record["run_id"])
+    return figures.save(figure, file.with_name(f"{slug}_{day}"), "break_even", record["run_id"])
 
 
 def _draw_speedups(axes: Axes, entries: Sequence[dict[str, Any]]) -> None:
