@@ -23,6 +23,7 @@ from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.step import ForwardBatch
 from workbench.engine.draft_runner import DraftDraws, DraftRunner
 from workbench.engine.followed import FollowedPlaces
+from workbench.engine.tokens_to_read import TokensToRead
 from workbench.engine.upload import upload
 from workbench.models.spec import ModelSpec
 from workbench.slots.drafter import (
@@ -32,6 +33,7 @@ from workbench.slots.drafter import (
     DrafterHost,
     DraftTokens,
     FollowedStep,
+    PreparedTokens,
 )
 from workbench.slots.graph_runner import DRAFT, PreparedStep
 from workbench.slots.kv_pool import KVShape
@@ -73,8 +75,6 @@ class _Start:
         Tokens.
     place
         Token of the last step behind which the last known one was drawn.
-    room
-        Tokens that there is room for.
     limit
         Drafts.
     """
@@ -83,7 +83,6 @@ class _Start:
     row: int
     num_known: int
     place: int
-    room: int
     limit: int
 
 
@@ -112,6 +111,10 @@ class Eagle(Drafter):
         #: Of the last step: features of its pairs, and whose they are.
         self._features: torch.Tensor | None = None
         self._of_prepared: torch.Tensor | None = None  # where prepared steps leave them
+        #: Rows, and tokens on their way, of drafts that were begun behind the step that is queued,
+        #: and behind the last one whose tokens are known.
+        self._begun: tuple[list[int], TokensToRead] | None = None
+        self._ahead: tuple[list[int], TokensToRead] | None = None
         self._places = FollowedPlaces()
         self._passes_before = self._tokens_before = 0
         self.reset_counters()
@@ -168,6 +171,7 @@ class Eagle(Drafter):
         self._passes_before = self._tokens_before = 0
         self._features, self._places = None, FollowedPlaces()
         self._step, self._of_prepared = None, None
+        self._begun, self._ahead = None, None
         graphs, parts = binding.graph_runner, binding.step_parts
         if not graphs.prepares:
             return
@@ -193,6 +197,7 @@ class Eagle(Drafter):
     def follow(self, step: FollowedStep) -> None:
         """Write keys and values of the step's tokens, each joined with the one after it."""
         batch = step.batch
+        self._ahead, self._begun = self._begun, None
         if step.is_followed:
             assert self._of_prepared is not None
             self._features = self._of_prepared[: batch.num_tokens]
@@ -222,6 +227,21 @@ class Eagle(Drafter):
         model.fill(own, features, binding.pool)
         return features
 
+    def draft_ahead(self, rows: list[int], step: PreparedTokens) -> None:
+        own, graphs = self._step, self._binding.graph_runner
+        size = None if own is None else graphs.dispatch(DRAFT, len(rows))
+        if size is None:
+            return
+        assert own is not None and self._of_prepared is not None
+        count, each = len(rows), step.new_ids.shape[1]
+        num_new = (step.new_ids[:count] >= 0).sum(1)
+        # A place ends with its last known token and its drafts; the one that is drafted after was
+        # drawn behind the last of these that holds.
+        first = torch.arange(each - 2, each * count, each, device=num_new.device)
+        index = first + num_new - step.places[:count, 1]
+        self._run_prepared(rows, self._of_prepared, index, size)
+        self._begun = (rows, TokensToRead(own.drafts[:count]))
+
     def propose(self, context: DraftContext) -> DraftTokens:
         model, runner, features = self._model, self._runner, self._features
         assert model is not None and runner is not None
@@ -231,21 +251,20 @@ class Eagle(Drafter):
             zip(context.request_ids, context.rows, context.token_ids, strict=True)
         ):
             place = self._places.before_last(request_id, len(known))
-            room = min(runner.capacity(row), model.max_positions)
             limit = min(
                 context.max_draft_tokens[i],
                 self.config.num_draft_tokens,
-                room - len(known) + 1,
+                self._room(row) - len(known) + 1,
             )
             if place is not None and limit > 0:
-                starts.append(_Start(i, row, len(known), place, room, limit))
+                starts.append(_Start(i, row, len(known), place, limit))
         if not starts or features is None:
             return DraftTokens(drafts)
-        index = upload([start.place for start in starts], features.device)
         probs: list[torch.Tensor | None] | None = None
-        tokens = self._draft_prepared(starts, features, index)
+        ahead, self._ahead = self._ahead, None
+        tokens = self._read_ahead(ahead, starts) or self._draft_prepared(starts, features)
         if tokens is None:
-            tokens, found = self._draft_eager(starts, features[index])
+            tokens, found = self._draft_eager(starts, features)
             if found is not None:
                 probs = [None] * len(drafts)
                 for start, own in zip(starts, found, strict=True):
@@ -255,24 +274,52 @@ class Eagle(Drafter):
             self._drafted_tokens += start.limit
         return DraftTokens(drafts, probs)
 
+    @staticmethod
+    def _read_ahead(
+        ahead: tuple[list[int], TokensToRead] | None, starts: Sequence[_Start]
+    ) -> list[list[int]] | None:
+        """Tokens of drafts that were begun; None where those are not of these requests."""
+        if ahead is None:
+            return None
+        rows, tokens = ahead
+        place_of = {row: place for place, row in enumerate(rows)}
+        if not all(start.row in place_of for start in starts):
+            return None
+        found = tokens.read()
+        return [found[place_of[start.row]] for start in starts]
+
     def _draft_prepared(
-        self, starts: Sequence[_Start], features: torch.Tensor, index: torch.Tensor
+        self, starts: Sequence[_Start], features: torch.Tensor
     ) -> list[list[int]] | None:
         """Tokens by the prepared step; None where there is none for this batch."""
-        step, runner, binding = self._step, self._runner, self._binding
-        assert runner is not None
+        step, table = self._step, self._binding.table
         if step is None:
             return None
-        size = binding.graph_runner.dispatch(DRAFT, len(starts))
-        params = [binding.table.params[start.row] for start in starts]
+        size = self._binding.graph_runner.dispatch(DRAFT, len(starts))
+        rows = [start.row for start in starts]
+        params = [table.params[row] for row in rows]
         if size is None or not all(p is not None and p.is_greedy for p in params):
             return None
-        step.fill([start.row for start in starts], [start.room for start in starts], size)
-        torch.index_select(features, 0, index, out=step.features[: len(starts)])
-        binding.graph_runner.run(DRAFT, size)
-        runner.num_passes += self.config.num_draft_tokens
-        runner.num_tokens += len(starts) * self.config.num_draft_tokens
+        index = upload([start.place for start in starts], features.device)
+        self._run_prepared(rows, features, index, size)
         return step.drafts[: len(starts)].tolist()
+
+    def _run_prepared(
+        self, rows: list[int], features: torch.Tensor, index: torch.Tensor, size: int
+    ) -> None:
+        """Queue the prepared step for these rows, each from its feature ``features[index]``."""
+        step, runner, graphs = self._step, self._runner, self._binding.graph_runner
+        assert step is not None and runner is not None
+        step.fill(rows, [self._room(row) for row in rows], size)
+        torch.index_select(features, 0, index, out=step.features[: len(rows)])
+        graphs.run(DRAFT, size)
+        runner.num_passes += self.config.num_draft_tokens
+        runner.num_tokens += len(rows) * self.config.num_draft_tokens
+
+    def _room(self, row: int) -> int:
+        """Tokens that a row's blocks hold and the head can rotate."""
+        assert self._runner is not None and self._model is not None
+        return min(self._runner.capacity(row), self._model.max_positions)
 
     def _draft_eager(
         self, starts: Sequence[_Start], features: torch.Tensor
@@ -280,7 +327,8 @@ class Eagle(Drafter):
         """Tokens, and what they were drawn from where that is asked for."""
         model, runner, binding = self._model, self._runner, self._binding
         assert model is not None and runner is not None
-        model.features = features
+        index = upload([start.place for start in starts], features.device)
+        model.features = features[index]
         rows, known = [start.row for start in starts], [start.num_known for start in starts]
         draws = DraftDraws(binding.table, rows, known, binding.reads_probs)
         at = upload([rows, [n - 1 for n in known]], features.device)

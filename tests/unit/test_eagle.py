@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def test_drafts_are_the_modules_where_products_take_their_neighbours(kind: str) 
     params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 4
     engine.generate(mixed_prompts(4, longest=40, seed=4), params)
     assert engine.counters()["drafter.failures"] == 0 and lengths.count(5) > 10
+
+
+def test_drafts_begin_behind_steps_that_are_queued() -> None:
+    """One run of the drafting step for each that verified, and none more in between; some requests
+    end meanwhile."""
+    prompts = mixed_prompts(7, longest=40, seed=6)
+    params = [SamplingParams(max_tokens=NEW - 2 * i, ignore_eos=True) for i in range(7)]
+    wanted = tiny_engine(*PAGED, model=target()).generate(prompts, params)
+    engine = engine_with("eagle3", *PAGED, *MIXED_PREPARED)
+    lengths = check_every_draft(engine, eagle_module(target(), "eagle3"))
+    drafter: Any = engine.parts.components["drafter"]
+    taken, read = list[bool](), drafter._read_ahead
+    drafter._read_ahead = lambda *args: (taken.append(args[0] is not None), read(*args))[1]
+    found = engine.generate(prompts, params)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    assert lengths.count(5) > 10 and engine.counters()["drafter.failures"] == 0
+    kinds: list[str] = engine.parts.graph_runner.kinds  # type: ignore[attr-defined]
+    after = [b for a, b in itertools.pairwise(kinds) if a == VERIFY]
+    assert set(after) == {DRAFT}
+    assert taken.count(True) >= kinds.count(VERIFY) / 2
+    assert drafter._begun is None
 
 
 def test_sampled_requests_beside_greedy_ones_behind_prepared_steps() -> None:

@@ -11,7 +11,13 @@ import torch
 from workbench.core.step import SchedulerOutput
 from workbench.engine.trees import fault_of, is_chain
 from workbench.slots.draft_length import DraftLength, FullLength, VerifiedStep
-from workbench.slots.drafter import DraftContext, Drafter, DraftTokens, FollowedStep
+from workbench.slots.drafter import (
+    DraftContext,
+    Drafter,
+    DraftTokens,
+    FollowedStep,
+    PreparedTokens,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,6 +113,15 @@ class Drafting:
             self.drafter.follow(step)
         except Exception as error:
             for request_id in step.request_ids:
+                if request_id not in self._failed:
+                    self._give_up(request_id, error)
+
+    def draft_ahead(self, request_ids: list[str], rows: list[int], step: PreparedTokens) -> None:
+        """Let the drafter begin behind a step that is queued; where it fails, as :meth:`follow`."""
+        try:
+            self.drafter.draft_ahead(rows, step)
+        except Exception as error:
+            for request_id in request_ids:
                 if request_id not in self._failed:
                     self._give_up(request_id, error)
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from workbench.engine.prepared_step import PreparedRun
 from workbench.engine.proposed_trees import ProposedTrees, TreeInputs
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import InputGatherer, StepInputs
+from workbench.engine.tokens_to_read import TokensToRead
 from workbench.engine.upload import upload
 from workbench.engine.verify_step import VerifyStep
 from workbench.slots.attention import AttentionBackend, ForwardContext, KeptHidden
@@ -151,6 +152,9 @@ class ModelRunner:
         clock.lap("sample")
         verified = prepared is not None and metadata is None and inputs.max_drafts > 0
         running = RunningStep(self, plan, inputs, accepted, clock, verified)
+        if verified:  # the host may read the step's tokens while the next drafts are made
+            assert self.parts.verify_step is not None
+            self.drafting.draft_ahead(plan.request_ids, inputs.rows, self.parts.verify_step)
         clock.lap("queue")
         return running
 
@@ -464,25 +468,6 @@ class RunningStep:
             [first, *(first + place for place in path if place >= 0)]
             for first, path in zip(self._first_row, self._path.read(), strict=True)
         ]
-
-
-class TokensToRead:
-    """Token ids, of any shape, on their way to the host."""
-
-    def __init__(self, token_ids: torch.Tensor) -> None:
-        self._host = token_ids
-        self._event: torch.cuda.Event | None = None
-        if token_ids.is_cuda:
-            self._host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-            self._host.copy_(token_ids, non_blocking=True)
-            self._event = torch.cuda.current_stream(token_ids.device).record_event()
-
-    def read(self) -> list[Any]:
-        """Wait for them, and for nothing queued after them."""
-        if self._event is not None:
-            self._event.synchronize()
-        tokens: list[Any] = self._host.tolist()
-        return tokens
 
 
 class PartClock:

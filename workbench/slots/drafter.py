@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -111,6 +111,21 @@ class FollowedStep:
     batch: ForwardBatch
     kept: dict[int, torch.Tensor]
     is_followed: bool = False
+
+
+class PreparedTokens(Protocol):
+    """What a prepared step that verifies leaves on the device once it has run.
+
+    Attributes
+    ----------
+    places : Tensor[B, 2] int64
+        By place, row of the request table and number of drafts.
+    new_ids : Tensor[B, Q] int64
+        New tokens, then -1.
+    """
+
+    places: torch.Tensor
+    new_ids: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -237,6 +252,12 @@ class Drafter(Component):
             Of as many tokens of each request as of any other.
         kept
             As of :class:`FollowedStep`.
+        """
+
+    def draft_ahead(self, rows: list[int], step: PreparedTokens) -> None:
+        """Begin to draft behind a prepared step that is queued, of these rows of the table, all of
+        them greedy; the host does not know its tokens yet, the table on the device does. Does not
+        wait for the device. :meth:`follow` and :meth:`propose` come once the tokens are known.
         """
 
     def note_plan(self, plan: SchedulerOutput) -> None:
