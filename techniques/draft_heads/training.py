@@ -124,7 +124,7 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class _Says:
+class _TargetLogits:
     """What the target would write behind each of ``T`` tokens.
 
     Attributes
@@ -309,15 +309,17 @@ class Trainer:
         return None if total is None else total / weights
 
     @torch.no_grad()
-    def _says(self, hidden: HiddenStates) -> _Says:
+    def _says(self, hidden: HiddenStates) -> _TargetLogits:
         """What the target would write behind every token of a batch."""
         final = hidden.final.reshape(-1, hidden.final.shape[-1])
         logits = torch.nn.functional.linear(final, self.lm_head)
-        return _Says(final, self.to_draft[logits.argmax(-1)] >= 0, logits[:, self.draft_ids])
+        return _TargetLogits(
+            final, self.to_draft[logits.argmax(-1)] >= 0, logits[:, self.draft_ids]
+        )
 
     @torch.no_grad()
     def _rows(
-        self, batch: TextBatch, says: _Says, step: int
+        self, batch: TextBatch, says: _TargetLogits, step: int
     ) -> tuple[torch.Tensor, Wanted, torch.Tensor] | None:
         """Bases ``[N]`` (in the flattened batch) of a step, what they are to guess, and the hidden
         states ``[N, H]`` that the target drew it from; None where there is no base.

@@ -193,6 +193,8 @@ def test_training_ends_in_time_and_saves(data: Path, tmp_path: Path) -> None:
         (["kind=medusa", "max_minutes=0"], "max_minutes=0 must be null"),
         (["kind=medusa", "limits.max_model_len=40"], "no room for a prompt"),
         (["kind=medusa", "data=/nowhere.jsonl"], "cannot be read"),
+        (["kind=medusa", "num_own_prompts=-1"], "num_own_prompts=-1 must be a number of prompts"),
+        (["kind=medusa", "num_own_prompts=few"], "num_own_prompts='few' must be a number"),
     ],
 )
 def test_wrong_commands(
@@ -265,6 +267,12 @@ def test_a_model_writes_prompts_of_its_own() -> None:
     assert set(writer.openings) == {"user: "}
     with pytest.raises(ConfigError, match=r"2 have an end within .* num_own_prompts=3"):
         write_own_prompts(writer, longest=60, count=3, seed=0)
+    # Out of time: what is there by then.
+    hurried: Any = Writer(answers)
+    few = write_own_prompts(
+        hurried, longest=60, count=9, seed=0, chunk_size=5, may_go_on=lambda: False
+    )
+    assert len(few) == 2 and len(hurried.openings) == 5
     writer.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
         write_own_prompts(writer, longest=60, count=2, seed=0)

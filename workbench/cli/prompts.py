@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,13 @@ def read_prompts(
 
 
 def write_own_prompts(
-    engine: Engine, *, longest: int, count: int, seed: int, chunk_size: int = 1024
+    engine: Engine,
+    *,
+    longest: int,
+    count: int,
+    seed: int,
+    chunk_size: int = 1024,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> list[list[int]]:
     """Token ids of prompts that the target makes up itself, all different.
 
@@ -87,6 +93,10 @@ def write_own_prompts(
         Tokens that a prompt may have; longer ones are left out.
     count
         How many to write. As many are tried as are needed, up to three times that.
+    chunk_size
+        Tried between two looks at the clock.
+    may_go_on
+        Asked before each chunk but the first; once it says no, those that are there are all.
 
     Raises
     ------
@@ -103,7 +113,8 @@ def write_own_prompts(
     opening = list(tokenizer.encode(text.partition(_MARK)[0], add_special_tokens=False))
     found: dict[tuple[int, ...], None] = {}
     tried = 0
-    while len(found) < count and tried < 3 * count + 100:
+    in_time = True
+    while in_time and len(found) < count and tried < 3 * count + 100:
         size = min(chunk_size, count - len(found) + 50)
         params = [
             SamplingParams(max_tokens=_QUESTION_TOKENS, temperature=1.0, seed=seed + tried + i)
@@ -118,7 +129,8 @@ def write_own_prompts(
             _, ids = render_chat(tokenizer, [{"role": "user", "content": question}], True)
             if len(ids) <= longest:
                 found[ids] = None
-    if len(found) < count:
+        in_time = may_go_on()
+    if in_time and len(found) < count:
         raise ConfigError(
             f"of {tried} questions that the model wrote itself, {len(found)} have an end within "
             f"{_QUESTION_TOKENS} tokens and fit, and num_own_prompts={count} are asked for. Lower "

@@ -90,7 +90,7 @@ def train_head(
     source = engine_config(composed, limits_of(cfg, max_num_seqs=1, max_model_len=1)).source
     context = spec_from_hf(read_config(source.config)).max_position_embeddings
     longest = _longest(cfg, context)
-    files, num_own = _files(cfg), int(cfg.num_own_prompts)
+    files, num_own = _files(cfg), _num_own_prompts(cfg)
     room = longest - program.options.max_tokens
     prompts: list[list[int]] = []
     if files or not num_own:
@@ -105,8 +105,18 @@ def train_head(
     device, info = engine.parts.info["device"], dict(engine.parts.info)
     decoder = engine.parts.executor.runner.parts.model  # type: ignore[attr-defined]
     if num_own:
-        prompts += write_own_prompts(engine, longest=room, count=num_own, seed=seed)
-        _say(f"prompts: {num_own} of the model's own")
+        # Half of the time for writing; the answers take the other half.
+        share = None if budget_s is None else 0.5 * program.options.writing_share * budget_s
+        own = write_own_prompts(
+            engine,
+            longest=room,
+            count=num_own,
+            seed=seed,
+            chunk_size=4 * info["max_num_seqs"],
+            may_go_on=lambda: share is None or time.monotonic() - began < share,
+        )
+        _say(f"prompts: {len(own)} of {num_own} of the model's own")
+        prompts, num_own = prompts + own, len(own)
     corpus = program.write(engine, prompts, seed, began, budget_s, _say)
     written = time.monotonic()
     del engine
@@ -170,6 +180,13 @@ def _files(cfg: DictConfig) -> list[str]:
     if cfg.data is None:
         return []
     return [cfg.data] if isinstance(cfg.data, str) else [str(name) for name in cfg.data]
+
+
+def _num_own_prompts(cfg: DictConfig) -> int:
+    count = cfg.num_own_prompts
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ConfigError(f"num_own_prompts={count!r} must be a number of prompts, 0 or more.")
+    return count
 
 
 def _budget_s(cfg: DictConfig) -> float | None:
