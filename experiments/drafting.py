@@ -31,8 +31,8 @@ DRAFTERS = {
     "suffix_tree": ("+technique=[suffix_decoding,suffix_tree]",),
     "lookahead": ("+technique=lookahead_decoding",),
 }
-#: Drafters that need a trained head.
-HEADS = ("eagle", "medusa")
+#: Drafters with a trained head, by techniques; the first names the option that gives the head.
+HEADS = {"eagle": ("eagle",), "eagle_tree": ("eagle", "eagle_tree"), "medusa": ("medusa",)}
 NAMES = (*DRAFTERS, *HEADS)
 
 
@@ -45,7 +45,7 @@ class Options:
     texts
         Workloads, one after the other.
     eagle, medusa
-        Folders of trained heads, as of ``train_head``, each of which adds a row.
+        Folders of trained heads, as of ``train_head``, which add rows: as chains, and as trees.
     """
 
     texts: tuple[str, ...] = ("code_edit", "summarize", "chat")
@@ -59,11 +59,10 @@ class Options:
 
     def drafters(self) -> dict[str, tuple[str, ...]]:
         """Overrides by drafter."""
-        heads = {name: getattr(self, name) for name in HEADS}
         more = {
-            name: (f"+technique={name}", f"engine.drafter.head={folder}")
-            for name, folder in heads.items()
-            if folder
+            name: (f"+technique=[{','.join(techniques)}]", f"engine.drafter.head={folder}")
+            for name, techniques in HEADS.items()
+            if (folder := getattr(self, techniques[0]))
         }
         return {**DRAFTERS, **more}
 

@@ -17,11 +17,13 @@ def tree_mask(
     sliding_window: int | None,
     device: torch.device,
 ) -> Tensor:
-    """Which keys the last ``num_queries`` tokens of a sequence see, the last of which are the nodes
-    of a tree: bool ``[num_queries, seq_len]``.
+    """Which keys the last ``num_queries`` tokens of a sequence see that ends with the nodes of a
+    tree: bool ``[num_queries, seq_len]``.
 
     Parameters
     ----------
+    num_queries
+        Some or all of the nodes, or all of them and tokens before them.
     seq_len
         Keys, nodes included.
     parents
@@ -31,22 +33,22 @@ def tree_mask(
         is that of its depth.
     """
     count = len(parents)
-    first = seq_len - count
-    seen = causal_mask(num_queries, seq_len, None, torch.device("cpu"))
+    first, num_rows = seq_len - count, max(num_queries, count)
+    seen = causal_mask(num_rows, seq_len, None, torch.device("cpu"))
     depths: list[int] = []
     for node, parent in enumerate(parents):
-        row = seen[num_queries - count + node]
+        row = seen[num_rows - count + node]
         row[first:] = False
         if parent >= 0:
-            row[first:] = seen[num_queries - count + parent, first:]
+            row[first:] = seen[num_rows - count + parent, first:]
         row[first + node] = True
         depths.append(1 if parent < 0 else depths[parent] + 1)
     if sliding_window is not None:
         positions = torch.arange(seq_len)
         positions[first:] = first - 1 + torch.tensor(depths)
-        own = positions[seq_len - num_queries :].unsqueeze(1)
+        own = positions[seq_len - num_rows :].unsqueeze(1)
         seen &= positions > own - sliding_window
-    return seen.to(device)
+    return seen[num_rows - num_queries :].to(device)
 
 
 def attend_tree(

@@ -19,11 +19,13 @@ from techniques.draft_heads import (
 )
 from techniques.eagle.model import EagleModel
 from techniques.eagle.step import EagleStep
+from techniques.eagle.tree import TreeDrafting, TreeStart
 from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.step import ForwardBatch
 from workbench.engine.draft_runner import DraftDraws, DraftRunner
 from workbench.engine.followed import FollowedPlaces
 from workbench.engine.tokens_to_read import TokensToRead
+from workbench.engine.trees import is_chain
 from workbench.engine.upload import upload
 from workbench.models.spec import ModelSpec
 from workbench.slots.drafter import (
@@ -48,7 +50,13 @@ class EagleConfig:
     Attributes
     ----------
     num_draft_tokens
-        Drafts a request a step.
+        Drafts a request a step; of a tree, nodes that are verified.
+    tree
+        Propose a tree of the most confident drafts instead of a chain of the likeliest.
+    tree_depth
+        Most drafts on a path of a tree.
+    tree_width
+        Nodes of a depth that the head runs, and tokens that may follow each of them.
     head
         Folder of a head in a published layout; not read with random weights.
     kind
@@ -58,6 +66,9 @@ class EagleConfig:
     """
 
     num_draft_tokens: int = 5
+    tree: bool = False
+    tree_depth: int = 5
+    tree_width: int = 4
     head: str | None = None
     kind: str = "eagle3"
     draft_vocab_size: int = 32000
@@ -98,15 +109,20 @@ class Eagle(Drafter):
 
     def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)
-        if config.num_draft_tokens < 1:
-            raise ConfigError(
-                f"engine.drafter.num_draft_tokens={config.num_draft_tokens} must be 1 or more."
-            )
+        for name in ("num_draft_tokens", "tree_depth", "tree_width"):
+            value = getattr(config, name)
+            if value < 1:
+                raise ConfigError(f"engine.drafter.{name}={value} must be 1 or more.")
         if config.kind not in _KINDS:
             raise unknown_name("engine.drafter.kind", config.kind, _KINDS)
         self.num_lookahead_tokens = self.num_kv_lookahead = config.num_draft_tokens
+        self.proposes_trees = config.tree
+        if config.tree:
+            num_run = (config.tree_depth - 1) * config.tree_width
+            self.num_kv_lookahead = max(config.num_draft_tokens, num_run)
         self._model: EagleModel | None = None
         self._runner: DraftRunner | None = None
+        self._trees: TreeDrafting | None = None
         self._step: EagleStep | None = None
         #: Of the last step: features of its pairs, and whose they are.
         self._features: torch.Tensor | None = None
@@ -168,6 +184,11 @@ class Eagle(Drafter):
         attention = binding.make_attention(model.attention_layers, binding.pool)
         runner = DraftRunner(model, binding.table, binding.pool, attention, binding.vocab_size)
         self._runner = runner
+        self._trees = None
+        if self.config.tree:
+            self._trees = TreeDrafting(
+                model, runner, self.config.tree_depth, self.config.tree_width
+            )
         self._passes_before = self._tokens_before = 0
         self._features, self._places = None, FollowedPlaces()
         self._step, self._of_prepared = None, None
@@ -181,7 +202,7 @@ class Eagle(Drafter):
             tokens, model.spec.hidden_size, dtype=model.features_dtype, device=binding.table.device
         )
         size = min(graphs.largest_verify(attention, 1), most)
-        if size:
+        if size and not self.config.tree:
             own = dataclasses.replace(
                 parts, pool=runner.pool, attention=attention, components={}, follow=None
             )
@@ -260,6 +281,8 @@ class Eagle(Drafter):
                 starts.append(_Start(i, row, len(known), place, limit))
         if not starts or features is None:
             return DraftTokens(drafts)
+        if self._trees is not None:
+            return self._draft_trees(self._trees, starts, features, drafts)
         probs: list[torch.Tensor | None] | None = None
         ahead, self._ahead = self._ahead, None
         tokens = self._read_ahead(ahead, starts) or self._draft_prepared(starts, features)
@@ -321,18 +344,52 @@ class Eagle(Drafter):
         assert self._runner is not None and self._model is not None
         return min(self._runner.capacity(row), self._model.max_positions)
 
+    def _draft_trees(
+        self,
+        trees: TreeDrafting,
+        starts: Sequence[_Start],
+        features: torch.Tensor,
+        drafts: list[list[int]],
+    ) -> DraftTokens:
+        """A tree from each start, with certainty, into ``drafts``, which has a list a request."""
+        index, last = self._last_known(starts, features.device)
+        found = trees.grow(
+            [TreeStart(start.row, start.num_known, self._room(start.row)) for start in starts],
+            features[index],
+            last,
+            [start.limit for start in starts],
+        )
+        parents: list[list[int] | None] = [None] * len(drafts)
+        for start, (tokens, own) in zip(starts, found, strict=True):
+            drafts[start.index], parents[start.index] = tokens, own
+            self._drafted_tokens += len(tokens)
+            self._branching_trees += not is_chain(own)
+        return DraftTokens(drafts, None, parents)
+
+    def _last_known(
+        self, starts: Sequence[_Start], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the features of each last known token lie, and the token, both ``[B]`` int64."""
+        packed = upload(
+            [
+                [start.place for start in starts],
+                [start.row for start in starts],
+                [start.num_known - 1 for start in starts],
+            ],
+            device,
+        )
+        return packed[0], self._binding.table.token_ids[packed[1], packed[2]].long()
+
     def _draft_eager(
         self, starts: Sequence[_Start], features: torch.Tensor
     ) -> tuple[list[list[int]], torch.Tensor | None]:
         """Tokens, and what they were drawn from where that is asked for."""
         model, runner, binding = self._model, self._runner, self._binding
         assert model is not None and runner is not None
-        index = upload([start.place for start in starts], features.device)
+        index, last = self._last_known(starts, features.device)
         model.features = features[index]
         rows, known = [start.row for start in starts], [start.num_known for start in starts]
         draws = DraftDraws(binding.table, rows, known, binding.reads_probs)
-        at = upload([rows, [n - 1 for n in known]], features.device)
-        last = binding.table.token_ids[at[0], at[1]].long()
         longest = max(start.limit for start in starts)
         tokens = runner.draft_on(rows, [n - 2 for n in known], last, longest, draws.draw)
         return tokens.tolist(), draws.probs()
@@ -348,10 +405,11 @@ class Eagle(Drafter):
             "drafted_tokens": self._drafted_tokens,
             "draft_passes": passes,
             "draft_run_tokens": tokens,
+            "branching_trees": self._branching_trees,
         }
 
     def reset_counters(self) -> None:
-        self._drafted_tokens = 0
+        self._drafted_tokens = self._branching_trees = 0
         if self._runner is not None:
             self._passes_before = self._runner.num_passes
             self._tokens_before = self._runner.num_tokens

@@ -189,6 +189,14 @@ class EagleModel:
         drawn = kernels.argmax(self._own_logits(hidden)[:, : self.spec.vocab_size])
         return drawn if self._ids is None else self._ids[drawn]
 
+    def top(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likeliest tokens behind hidden states ``[L, H]``, best first, int64 ``[L, count]``, and
+        their log-probabilities, float32."""
+        logits = self._own_logits(hidden)[:, : self.spec.vocab_size].float()
+        best, found = logits.topk(count, dim=1)
+        logprobs = best - logits.logsumexp(1, keepdim=True)
+        return (found if self._ids is None else self._ids[found]), logprobs
+
     def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Over the ids that it can propose."""
         if not self._is_third:

@@ -29,6 +29,7 @@ TECHNIQUES = {
     "draft model": ("draft_model",),
     "layer skip": ("layer_skip",),
     "eagle": ("eagle",),
+    "eagle tree": ("eagle", "eagle_tree"),
     "medusa": ("medusa",),
 }
 GRAPHS = ("triton_attention", "cuda_graphs")

@@ -94,6 +94,7 @@ ALIKE = (
     "flex_attention",
     "suffix_decoding",
     "lookahead_decoding",
+    "eagle_tree",
     "layer_skip",
     "medusa",
     "rejection_sampling",

@@ -19,6 +19,7 @@ from tests.helpers.tiny_models import tiny_model
 from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
+from workbench.engine.trees import depths_of, path_to
 from workbench.slots.drafter import DraftContext, DraftTokens
 from workbench.slots.graph_runner import DRAFT, MIXED, VERIFY
 
@@ -59,6 +60,60 @@ def chain(module: EagleModule, known: list[int], count: int) -> list[int]:
         features = module(hidden, ids, step + 1)[-1][0, -1]
         drafts.append(int(module.draft_ids[module.logits(features).argmax()]))
     return drafts
+
+
+@torch.no_grad()
+def tree(
+    module: EagleModule, known: list[int], limit: int, depth: int, width: int
+) -> set[tuple[int, ...]]:
+    """Paths of the tree that the module grows after known tokens by itself, each run from its
+    beginning."""
+    decoder = loaded(target())
+    states = Target(decoder).hidden_states([known[:-1]], module.spec.aux_layers)
+    hidden = states.kept if module.spec.kind == "eagle3" else states.final
+
+    def behind(path: tuple[int, ...]) -> torch.Tensor:
+        features = module(hidden, torch.tensor([[*known, *path]]), len(path) + 1)[-1][0, -1]
+        return module.logits(features).log_softmax(-1)
+
+    confidence: dict[tuple[int, ...], float] = {(): 0.0}
+    newest: list[tuple[int, ...]] = [()]
+    for _ in range(depth):
+        newest, run = [], sorted(newest, key=lambda path: -confidence[path])[:width]
+        for path in run:
+            best, places = behind(path).topk(width)
+            for logprob, place in zip(best.tolist(), places.tolist(), strict=True):
+                newest.append((*path, int(module.draft_ids[place])))
+                confidence[newest[-1]] = confidence[path] + logprob
+    ranked = sorted(confidence, key=lambda path: (-confidence[path], len(path)))
+    return set(ranked[1 : limit + 1])
+
+
+def check_every_tree(
+    engine: Engine, module: EagleModule, depth: int, width: int
+) -> tuple[list[int], set[int]]:
+    """As :func:`check_every_draft`, of trees; and their depths."""
+    drafter: Any = engine.parts.components["drafter"]
+    propose: Callable[[DraftContext], DraftTokens] = drafter.propose
+    lengths: list[int] = []
+    depths: set[int] = set()
+
+    def checked(context: DraftContext) -> DraftTokens:
+        drafts = propose(context)
+        assert drafts.parents is not None or not any(drafts.token_ids)
+        for i, (known, found) in enumerate(zip(context.token_ids, drafts.token_ids, strict=True)):
+            parents = [] if drafts.parents is None else drafts.parents[i] or []
+            paths = [tuple(found[n] for n in path_to(parents, at)) for at in range(len(found))]
+            # Nodes that are run need slots, behind those of the pairs of known tokens.
+            room = (drafter._room(context.rows[i]) - len(known) + 1) // width
+            wanted = tree(module, known.tolist(), len(found), min(depth, 1 + room), width)
+            assert set(paths) == wanted
+            depths.update(map(len, paths))
+            lengths.append(len(found))
+        return drafts
+
+    drafter.propose = checked
+    return lengths, depths
 
 
 def check_every_draft(engine: Engine, module: EagleModule) -> list[int]:
@@ -126,6 +181,79 @@ def test_drafts_are_the_modules_where_products_take_their_neighbours(kind: str) 
     params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 4
     engine.generate(mixed_prompts(4, longest=40, seed=4), params)
     assert engine.counters()["drafter.failures"] == 0 and lengths.count(5) > 10
+
+
+TREE = (
+    "engine.drafter.tree=true",
+    "engine.drafter.num_draft_tokens=14",
+    "engine.drafter.tree_depth=3",
+    "engine.drafter.tree_width=8",
+)
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_trees_are_the_modules_in_every_step(kind: str, kv: str) -> None:
+    prompts = mixed_prompts(5, longest=40, seed=4)
+    params = [SamplingParams(max_tokens=NEW - i, ignore_eos=True) for i in range(len(prompts))]
+    plain = tiny_engine(*KV[kv], model=target(), max_num_seqs=3)
+    wanted = [o.token_ids for o in plain.generate(prompts, params)]
+    engine = engine_with(kind, *KV[kv], *TREE, draft_vocab_size=96 if kind == "eagle3" else 0)
+    module = eagle_module(target(), kind, 96 if kind == "eagle3" else 0)
+    lengths, depths = check_every_tree(engine, module, 3, 8)
+    assert [o.token_ids for o in engine.generate(prompts, params)] == wanted
+    check_idle(engine)
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0
+    assert depths == {1, 2, 3}
+    assert counts["drafter.branching_trees"] > 0 and sum(n > 7 for n in lengths) > 15
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_trees_are_the_modules_behind_branches_that_held(kind: str) -> None:
+    """So wide that a random head is right now and then, with a draft that is not its first."""
+    wide = ("num_draft_tokens=30", "tree_depth=2", "tree_width=24")
+    settings = (*PAGED, *TREE, *(f"engine.drafter.{option}" for option in wide))
+    prompts = mixed_prompts(6, longest=30, seed=4)
+    params = [SamplingParams(max_tokens=40, ignore_eos=True)] * len(prompts)
+    wanted = tiny_engine(*PAGED, model=target()).generate(prompts, params)
+    engine = engine_with(kind, *settings)
+    check_every_tree(engine, eagle_module(target(), kind), 2, 24)
+    moved = count_moves(engine)
+    found = engine.generate(prompts, params)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    assert engine.counters()["drafter.failures"] == 0
+    assert len(moved) > 3, "no branch but the first held"
+
+
+def count_moves(engine: Engine) -> list[int]:
+    """From now on how many KV entries every move takes elsewhere."""
+    pool: Any = engine.parts.components["kv_pool"]
+    move, moved = pool.move, list[int]()
+    pool.move = lambda a, b: (moved.append(int((a != b).sum())), move(a, b))[1]
+    return moved
+
+
+def test_a_tree_near_the_end_of_what_its_request_may_be() -> None:
+    """Where no room is left for the nodes that the head runs, the tree is less deep."""
+    prompts = [list(range(1, 20)), list(range(5, 40))]
+    engine = engine_with("eagle", *PAGED, *TREE, max_model_len=52)
+    params = [SamplingParams(max_tokens=52 - len(p), ignore_eos=True) for p in prompts]
+    plain = tiny_engine(*PAGED, model=target(), max_model_len=52)
+    wanted = [o.token_ids for o in plain.generate(prompts, params)]
+    depths: list[int] = []
+    drafter: Any = engine.parts.components["drafter"]
+    propose = drafter.propose
+
+    def noted(context: DraftContext) -> DraftTokens:
+        drafts = propose(context)
+        depths.extend(max(depths_of(p or [-1])) for p in drafts.parents or [])
+        return drafts
+
+    drafter.propose = noted
+    assert [o.token_ids for o in engine.generate(prompts, params)] == wanted
+    assert engine.counters()["drafter.failures"] == 0
+    assert {1, 3} <= set(depths)
 
 
 def test_drafts_begin_behind_steps_that_are_queued() -> None:

@@ -86,14 +86,14 @@ class SchedulerOutput:
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """A request of a batch whose drafts are a tree.
+    """A request of a batch whose sequence ends with a tree.
 
     Attributes
     ----------
     request
         Its index in the batch.
     start, num_queries
-        Its tokens: the nodes stand last, in order.
+        Its tokens: all nodes stand last, in order, or the last of the nodes are all its tokens.
     parents, depths
         By node: the node that it follows, -1 for the last known token, and how many nodes lead to
         it, itself included.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 import kernels
-from workbench.core.step import ForwardBatch, SchedulerOutput
+from workbench.core.step import ForwardBatch, SchedulerOutput, TokenTree, TokenTrees
 from workbench.engine.request_table import RequestTable
+from workbench.engine.trees import depths_of
 from workbench.engine.upload import upload
 from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext
 from workbench.slots.kv_pool import KVPool
@@ -110,6 +111,67 @@ class DraftRunner:
         before = [Span(row, at - 1, at) for row, at in zip(rows, positions, strict=True)]
         drafts: list[torch.Tensor] = []
         return self._draft_singles(before, token_ids, drafts, num_drafts, draw)
+
+    def run_singles(
+        self, rows: Sequence[int], positions: Sequence[int], token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Run one token of each request, ``token_ids[B]``, at these positions, which its blocks
+        hold: hidden states ``[B, H]``."""
+        before = [Span(row, at - 1, at) for row, at in zip(rows, positions, strict=True)]
+        batch, limits = self._single_tokens(before, [self.capacity(row) for row in rows])
+        self.move_on(batch, limits, token_ids)
+        batch.seq_lens_host = [at + 1 for at in positions]
+        return self.forward(batch)
+
+    def run_nodes(
+        self,
+        rows: Sequence[int],
+        first: Sequence[int],
+        parents: Sequence[Sequence[int]],
+        token_ids: torch.Tensor,
+        depth: int,
+    ) -> torch.Tensor:
+        """Run the newest nodes of a tree of each request: hidden states ``[T, H]``.
+
+        Parameters
+        ----------
+        first
+            Where each request's nodes begin in its sequence; they stand there one after another,
+            in slots that its blocks hold.
+        parents
+            By request and node, those that were run before included, as of
+            :mod:`workbench.engine.trees`. All trees have as many nodes.
+        token_ids : Tensor [T] int64
+            Of the newest nodes, as many of each request.
+        depth
+            Theirs.
+        """
+        table, device, size = self._table, self._device, len(rows)
+        each, num_nodes = len(token_ids) // size, len(parents[0])
+        packed = upload([list(rows), list(first)], device)
+        own, starts = packed[0], packed[1]
+        owner = self._first(size).repeat_interleave(each)
+        places = self._first(num_nodes)[num_nodes - each :].repeat(size) + starts[owner]
+        blocks = table.block_table[own]
+        lengths = [start + num_nodes for start in first]
+        depths = [depths_of(of_tree) for of_tree in parents]
+        trees = [TokenTree(i, i * each, each, list(parents[i]), depths[i]) for i in range(size)]
+        batch = ForwardBatch(
+            input_ids=token_ids,
+            positions=starts[owner] + (depth - 1),
+            query_start_loc=(self._first(size + 1) * each).to(torch.int32),
+            seq_lens=(starts + num_nodes).to(torch.int32),
+            block_table=blocks,
+            slot_mapping=self._slots(blocks, owner, places),
+            logits_indices=self._first(len(token_ids)),
+            rows=own,
+            query_lens_host=[each] * size,
+            seq_lens_host=lengths,
+            block_size=self.pool.block_size,
+            host_rows=(table.host_block_table, list(rows)),
+            extras={TokenTrees: TokenTrees(trees)},
+        )
+        return self.forward(batch)
 
     def _draft_singles(
         self,

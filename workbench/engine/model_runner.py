@@ -137,8 +137,10 @@ class ModelRunner:
                 self._drafts(inputs, trees), logits, metadata, self.parts.sampler
             )
             self._advance(inputs, accepted)
-            if accepted.path is not None:
-                self._proposed_trees.move_accepted(inputs, accepted.path)
+            if trees is not None and accepted.path is not None:
+                self._kept = self._proposed_trees.make_chains(
+                    inputs, trees, accepted.path, self._kept
+                )
             self._is_followed = False
         elif prepared is not None:
             self._is_followed = True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from workbench.core.step import TokenTree, TokenTrees
+from workbench.core.step import ForwardBatch, TokenTree, TokenTrees
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import StepInputs
 from workbench.engine.trees import chain_parents, depths_of, is_chain, path_to
@@ -28,10 +29,13 @@ class TreeInputs:
         By sampling request, those of its drafts, chains included.
     shape
         The same on the device.
+    shift : Tensor[T] int64
+        By how many positions a token stands before where a chain's would.
     """
 
     parents: list[list[int]]
     shape: TreeShape
+    shift: torch.Tensor
 
 
 class ProposedTrees:
@@ -79,10 +83,11 @@ class ProposedTrees:
             start += num_queries
         if not trees:
             return None
-        batch.positions = batch.positions + upload(shift, self._table.device)
+        on_device = upload(shift, self._table.device)
+        batch.positions = batch.positions + on_device
         batch.extras[TokenTrees] = TokenTrees(trees)
         of_sampling = [parents_of[i] for i in inputs.sampling]
-        return TreeInputs(of_sampling, self._shape(of_sampling))
+        return TreeInputs(of_sampling, self._shape(of_sampling), on_device)
 
     def contexts(self, inputs: StepInputs, trees: TreeInputs) -> list[torch.Tensor]:
         """Tokens before the one that each row of logits draws, int64."""
@@ -97,12 +102,39 @@ class ProposedTrees:
                 contexts.append(torch.cat([known, nodes[path]]))
         return contexts
 
-    def move_accepted(self, inputs: StepInputs, path: torch.Tensor) -> None:
-        """Put the KV of accepted nodes, ``path[B, D]`` of :class:`Accepted`, where that of a chain
-        would stand."""
-        batch, pool = inputs.batch, self._pool
+    def make_chains(
+        self,
+        inputs: StepInputs,
+        trees: TreeInputs,
+        path: torch.Tensor,
+        kept: Mapping[int, torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """Make of a step that was verified one of chains, for what comes after it.
+
+        KV, tokens and ``kept`` hidden states of accepted nodes, ``path[B, D]`` of
+        :class:`Accepted`, go where those of a chain would stand. Returns the hidden states.
+        """
+        batch = inputs.batch
         first = batch.logits_indices[upload(inputs.first_row, self._table.device)].unsqueeze(1)
         place = torch.arange(1, path.shape[1] + 1, device=path.device)
+        self._move_kv(batch, first, place, path)
+        end, is_node = batch.num_tokens, path >= 0
+        order = torch.arange(end + 1, device=path.device)  # with a place for what is no node
+        at = torch.where(is_node, first + place, end)
+        order[at.view(-1)] = torch.where(is_node, first + path, end).view(-1)
+        order = order[:end]
+        inputs.batch = dataclasses.replace(
+            batch,
+            input_ids=batch.input_ids[order],
+            positions=batch.positions - trees.shift,
+            extras={key: own for key, own in batch.extras.items() if key is not TokenTrees},
+        )
+        return {layer: hidden[order] for layer, hidden in kept.items()}
+
+    def _move_kv(
+        self, batch: ForwardBatch, first: torch.Tensor, place: torch.Tensor, path: torch.Tensor
+    ) -> None:
+        pool = self._pool
         moves = (path >= 0) & (path != place)
         if not path.is_cuda and not bool(moves.any()):
             return
