@@ -31,6 +31,7 @@ from torch import Tensor
 from kernels import dispatch, triton
 from kernels.attention_reference import paged_attend_reference, paged_attend_reference_with_lse
 from kernels.quantized_kv import check_kv_scale, is_quantized
+from kernels.tree_attention import tree_mask
 
 __all__ = [
     "MAX_DECODE_QUERIES",
@@ -67,6 +68,7 @@ def paged_attend(
     query_lens: Sequence[int] | None = ...,
     seq_lens_list: Sequence[int] | None = ...,
     max_query_len: int | None = ...,
+    tree: Tensor | None = ...,
     implementation: Implementation = ...,
 ) -> Tensor: ...
 
@@ -90,6 +92,7 @@ def paged_attend(
     query_lens: Sequence[int] | None = ...,
     seq_lens_list: Sequence[int] | None = ...,
     max_query_len: int | None = ...,
+    tree: Tensor | None = ...,
     implementation: Implementation = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -112,6 +115,7 @@ def paged_attend(
     query_lens: Sequence[int] | None = None,
     seq_lens_list: Sequence[int] | None = None,
     max_query_len: int | None = None,
+    tree: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to its request's cached keys up to and including its own position.
@@ -147,6 +151,9 @@ def paged_attend(
     max_query_len : int or None
         A bound on the queries of a request. It is all that ``triton`` needs of lengths on the
         host, so that a captured graph may be replayed with others.
+    tree : Tensor [T, 2 + W] int64, or None
+        Which of the last tokens of its sequence a query sees, where these are a tree
+        (:mod:`kernels.tree_attention`).
     implementation : str
         One of the table at the head of this module. One that cannot serve the call is an error,
         and never replaced.
@@ -178,7 +185,9 @@ def paged_attend(
     if implementation == "native":
         from kernels.cpu import attention
 
-        return attention.paged_attend(q, k_cache, v_cache, *pages, scale, sliding_window, soft_cap)
+        return attention.paged_attend(
+            q, k_cache, v_cache, *pages, scale, sliding_window, soft_cap, tree=tree
+        )
     if implementation == "triton" and max_query_len is not None:
         query_lens = query_lens or [max_query_len]
     if query_lens is None:
@@ -197,12 +206,13 @@ def paged_attend(
             key_start=None if key_start is None else key_start.to(torch.int32),
             return_lse=return_lse,
             max_query_len=max(query_lens, default=0) if max_query_len is None else max_query_len,
+            tree=tree,
         )
     if seq_lens_list is None:
         seq_lens_list = seq_lens.tolist()
     arguments = (q, k_cache, v_cache, block_table, query_lens, seq_lens_list, scale)
     if implementation == "sdpa":
-        return paged_attend_sdpa(*arguments, sliding_window=sliding_window)
+        return paged_attend_sdpa(*arguments, sliding_window=sliding_window, tree=tree)
     out, lse = paged_attend_reference_with_lse(
         *arguments,
         sliding_window=sliding_window,
@@ -210,6 +220,7 @@ def paged_attend(
         k_scale=k_scale,
         v_scale=v_scale,
         key_start=None if key_start is None else key_start.tolist(),
+        tree=tree,
     )
     return (out, lse) if return_lse else out
 
@@ -304,6 +315,7 @@ def _paged_attend_triton(
     key_start: Tensor | None,
     return_lse: bool,
     max_query_len: int,
+    tree: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """By the kernel that suits the longest query; shapes and meaning as :func:`paged_attend`."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -332,6 +344,7 @@ def _paged_attend_triton(
         max_query_len=max_query_len,
         key_start=key_start,
         return_lse=return_lse,
+        tree=tree,
     )
 
 
@@ -345,6 +358,7 @@ def paged_attend_sdpa(
     scale: float,
     *,
     sliding_window: int | None = None,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """:func:`paged_attend` by torch's fused attention.
 
@@ -357,7 +371,8 @@ def paged_attend_sdpa(
             groups.setdefault(num_queries, []).append(row)
     if len(groups) == 1 and len(next(iter(groups.values()))) == len(query_lens):
         rows = (q.view(len(query_lens), -1, *q.shape[1:]), k_cache, v_cache, block_table, seq_lens)
-        return _attend_padded(*rows, scale, sliding_window).flatten(0, 1)
+        trees = None if tree is None else tree.view(len(query_lens), -1, tree.shape[1])
+        return _attend_padded(*rows, scale, sliding_window, trees).flatten(0, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts = [0]
     for num_queries in query_lens:
@@ -368,7 +383,14 @@ def paged_attend_sdpa(
         blocks = block_table[torch.tensor(members, device=q.device)]
         lens = [seq_lens[row] for row in members]
         out[tokens] = _attend_padded(
-            q[tokens], k_cache, v_cache, blocks, lens, scale, sliding_window
+            q[tokens],
+            k_cache,
+            v_cache,
+            blocks,
+            lens,
+            scale,
+            sliding_window,
+            None if tree is None else tree[tokens],
         )
     return out
 
@@ -381,8 +403,10 @@ def _attend_padded(
     seq_lens: Sequence[int],
     scale: float,
     sliding_window: int | None,
+    tree: Tensor | None,
 ) -> Tensor:
-    """Requests of one query length: ``q [B, Q, Hq, D]`` -> ``[B, Q, Hq, D]``."""
+    """Requests of one query length: ``q [B, Q, Hq, D]`` and ``tree [B, Q, 2 + W]`` -> ``[B, Q, Hq,
+    D]``."""
     num_queries, longest = q.shape[1], max(seq_lens)
     block_size = k_cache.shape[1]
     blocks = block_table[:, : -(-longest // block_size)].long()
@@ -394,12 +418,14 @@ def _attend_padded(
         cache[:, :longest][blocks].flatten(1, 2)[:, :longest].transpose(1, 2)  # [B, Hkv, S, D]
         for cache in (k_cache, v_cache)
     )
-    query = lens - num_queries + torch.arange(num_queries, device=q.device)
-    query = query.unsqueeze(2)  # [B, Q, 1]: position of each query
-    key = torch.arange(longest, device=q.device)
-    mask = key <= query
-    if sliding_window is not None:
-        mask &= key > query - sliding_window
+    query = lens - num_queries + torch.arange(num_queries, device=q.device)  # [B, Q]: where it is
+    if tree is None:
+        key, query = torch.arange(longest, device=q.device), query.unsqueeze(2)
+        mask = key <= query
+        if sliding_window is not None:
+            mask &= key > query - sliding_window
+    else:
+        mask = tree_mask(tree, query, longest, sliding_window)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=True
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.quantized_kv import dequantize_kv
+from kernels.tree_attention import tree_mask
 
 
 def paged_attend_reference(
@@ -25,6 +26,7 @@ def paged_attend_reference(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     key_start: Sequence[int] | None = None,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """Plain torch form of :func:`paged_attend`, one request at a time; lengths on the host."""
     return paged_attend_reference_with_lse(
@@ -40,6 +42,7 @@ def paged_attend_reference(
         k_scale=k_scale,
         v_scale=v_scale,
         key_start=key_start,
+        tree=tree,
     )[0]
 
 
@@ -57,6 +60,7 @@ def paged_attend_reference_with_lse(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     key_start: Sequence[int] | None = None,
+    tree: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`paged_attend_reference` and the log-sum-exps ``[T, Hq]`` (fp32; fp64 for fp64)."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -69,7 +73,12 @@ def paged_attend_reference_with_lse(
             for cache, cache_scale in ((k_cache, k_scale), (v_cache, v_scale))
         )
         rows = slice(begin, begin + num_queries)
-        mask = causal_mask(num_queries, seq_len, sliding_window, q.device)[:, first:]
+        if tree is None:
+            mask = causal_mask(num_queries, seq_len, sliding_window, q.device)
+        else:
+            index = torch.arange(seq_len - num_queries, seq_len, device=q.device)
+            mask = tree_mask(tree[rows], index, seq_len, sliding_window)
+        mask = mask[:, first:]
         out[rows], lse[rows] = attend_reference(q[rows], k, v, scale, mask, soft_cap=soft_cap)
         begin += num_queries
     return out, lse

@@ -177,6 +177,7 @@ def cascade_attend(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     max_query_len: int,
+    tree: Tensor | None = None,
     is_padded: bool = False,
     implementation: Implementation = "auto",
 ) -> Tensor:
@@ -194,6 +195,8 @@ def cascade_attend(
         As of :func:`kernels.paged_attend`.
     max_query_len : int
         A bound on the queries of a request.
+    tree
+        As of :func:`kernels.paged_attend`. Prefixes end before trees.
     is_padded : bool
         The groups are buffers of the largest size: ``group_start_loc`` ends with the number of
         entries of ``token_index`` that are used, and groups past the last one are empty. Nothing
@@ -242,6 +245,7 @@ def cascade_attend(
             max_query_len=max_query_len,
             key_start=key_start,
             prior=prior,
+            tree=tree,
         )
         assert isinstance(out, Tensor)
         return out
@@ -273,6 +277,7 @@ def cascade_attend(
         key_start=key_start,
         return_lse=True,
         max_query_len=max_query_len,
+        tree=tree,
         implementation=by,
     )
     if rows is None:

@@ -70,7 +70,7 @@ def _check_trees(builder: Builder, drafter: Drafter, verifier: Verifier) -> None
     """All that meets drafts must know what to do with trees."""
     for slot, knows, instead in (
         ("verifier", verifier.verifies_trees, "exact_match or rejection"),
-        ("attention", builder.cls("attention").supports_trees, "sdpa"),
+        ("attention", builder.cls("attention").supports_trees, "triton, auto, cascade or sdpa"),
         ("draft_length", not builder.cls("draft_length").observes, "full"),
     ):
         if not knows:

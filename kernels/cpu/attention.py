@@ -71,6 +71,7 @@ def paged_attend(
     soft_cap: float | None,
     *,
     is_invariant: bool = False,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """See :func:`kernels.attention.paged_attend`; ``D`` is a multiple of 16.
 
@@ -93,6 +94,11 @@ def paged_attend(
     rows = -(-tile_queries * group // _ROWS) * _ROWS
     threads = num_threads()
     min_tasks = 4 * threads if threads > 1 and not is_invariant else 0
+    trees = (0, 0)
+    if tree is not None:
+        assert tree.dtype == torch.int64 and len(tree) == num_tokens and tree.is_contiguous()
+        assert not is_invariant
+        trees = (tree.data_ptr(), tree.shape[1])
     max_tasks = (num_requests + num_tokens // tile_queries) * num_kv_heads + 2 * min_tasks
     per_thread = -(-(rows * (2 * head_dim + _BLOCK + 3) + LANES * head_dim) // LANES) * LANES
     part_size = rows * (head_dim + 2)
@@ -108,7 +114,7 @@ def paged_attend(
     pages = (block_table.data_ptr(), block_table.stride(0), block_size)
     limits = (num_tokens, num_pages, k_cache.shape[0])
     alignment = _BLOCK if is_invariant else 1
-    plan = (summary, table, *lengths, *counts, alignment, *pages, *limits)
+    plan = (summary, table, *lengths, *counts, alignment, *pages, *limits, *trees)
     _plan(torch.float32, 1, False, *plan)
     num_tasks, num_parts, work = _SUMMARY.unpack_from(_local.summary)
 
@@ -118,7 +124,7 @@ def paged_attend(
     sizes = (head_dim, group, rows, num_tasks, table, parts, part_size)
     queries = (q.data_ptr(), q0, q1)
     caches = (k_cache.data_ptr(), k0, k1, k2, v_cache.data_ptr(), v0, v1, v2)
-    rest = (window, offsets, scratch, per_thread, is_invariant, scale, soft_cap or 0.0)
+    rest = (window, offsets, scratch, per_thread, is_invariant, *trees, scale, soft_cap or 0.0)
     count = threads if is_parallel else 1
     _attend(q.dtype, count, is_parallel, *sizes, *output, *queries, *caches, *pages, *rest)
     if num_parts:
@@ -154,7 +160,7 @@ def _workspace(*sizes: int) -> list[int]:
 
 
 @kernel(
-    ints=17,
+    ints=19,
     fault="a request has more queries than there are, more tokens than its row of the block table"
     " has room for, or a block that the cache does not have",
 )
@@ -163,14 +169,14 @@ def _plan(marker, arguments, begin, end):
 
     Writes the number of tasks, of partial results and of (row, key) pairs to ``summary``.
     """
-    values = int_arguments(arguments, 17)
+    values = int_arguments(arguments, 19)
     summary, table, starts, lengths = values[:4]
     num_requests, num_kv_heads, group, tile_queries, window, min_tasks = values[4:10]
     alignment = values[10]
     summary, table = int64_pointer(summary), int64_pointer(table)
     starts, lengths = int32_pointer(starts), int32_pointer(lengths)
     store_int(table, 0, 0)
-    num_tiles = _count_tiles(starts, lengths, num_requests, tile_queries, window, values[11:])
+    num_tiles = _count_tiles(starts, lengths, num_requests, tile_queries, window, values[11:17])
     if num_tiles < 0:
         report_fault(arguments)
         return
@@ -189,7 +195,8 @@ def _plan(marker, arguments, begin, end):
             position = first_position + tile * tile_queries
             key, key_stop = 0, position + num_queries
             if window:
-                key = max(0, position + 1 - window) // alignment * alignment
+                key = _first_key(values[17:19], query, position, window)
+                key = key // alignment * alignment
             parts = max(1, min(max_parts, (key_stop - key) // _MIN_SPLIT))
             for kv_head in range(num_kv_heads):
                 work += num_queries * group * (key_stop - key)
@@ -209,6 +216,15 @@ def _plan(marker, arguments, begin, end):
     store_int(summary, 0, num_tasks)
     store_int(summary, 1, num_parts)
     store_int(summary, 2, work)
+
+
+@helper
+def _first_key(tree, query, position, window):
+    """The first key that queries from ``query`` on may see, which stands at ``position``. Nodes of
+    a tree are near its root, wherever they stand."""
+    if tree[0]:
+        position = min(position, load_int(int64_pointer(tree[0]), query * tree[1]))
+    return max(0, position + 1 - window)
 
 
 @helper
@@ -239,15 +255,16 @@ def _count_tiles(starts, lengths, num_requests, tile_queries, window, pages):
     return num_tiles
 
 
-@kernel(ints=29, floats=2)
+@kernel(ints=31, floats=2)
 def _attend(marker, arguments, begin, end):
     """Draw tasks until there are none; the range is that of the threads."""
-    values = int_arguments(arguments, 29)
+    values = int_arguments(arguments, 31)
     head_dim, group, max_rows, num_tasks, table, parts, part_size = values[:7]
     output, queries = values[7:10], values[10:13]
     k_cache, v_cache, pages = values[13:17], values[17:21], values[21:24]
     window, offsets, scratch, per_thread, is_invariant = values[24:29]
-    scale, soft_cap = float_argument(arguments, 29), float_argument(arguments, 30)
+    tree = values[29:31]
+    scale, soft_cap = float_argument(arguments, 31), float_argument(arguments, 32)
     k, v = pointer(k_cache[0], marker), pointer(v_cache[0], marker)
     for thread in range(begin, end):
         k_offsets = advance(int64_pointer(offsets), thread * 2 * _BLOCK)
@@ -264,13 +281,16 @@ def _attend(marker, arguments, begin, end):
             _reset(acc, stats, max_rows, rows, head_dim)
             stop = load_int(task, _KEY_STOP)
             # Blocks that lie before the first query's window may have been given away.
-            least = max(0, load_int(task, _POSITION) + 1 - window) if window else 0
+            least = 0
+            if window:
+                where = (load_int(task, _QUERY), load_int(task, _POSITION))
+                least = _first_key(tree, *where, window)
             for first in range(load_int(task, _KEY), stop, _BLOCK):
                 count = min(_BLOCK, stop - first)
                 _locate(task, k_cache, v_cache, pages, first, count, least, k_offsets)
                 _score(k, k_offsets, count, q, rows, head_dim, keys, scores)
                 softmax = (window, soft_cap, is_invariant)
-                _weigh(task, group, first, count, softmax, scores, stats, max_rows)
+                _weigh(task, group, first, count, softmax, tree, scores, stats, max_rows)
                 _add_values(v, v_offsets, count, scores, rows, head_dim, stats, max_rows, acc)
             if load_int(task, _PART) < 0:
                 sums = advance(stats, max_rows)
@@ -358,7 +378,7 @@ def _score(k, offsets, count, q, rows, head_dim, keys, scores):
 
 
 @helper
-def _weigh(task, group, first, count, softmax, scores, stats, max_rows):
+def _weigh(task, group, first, count, softmax, tree, scores, stats, max_rows):
     """Turn scores into weights relative to each row's greatest score so far; 0 where masked."""
     window, soft_cap, is_invariant = softmax
     # How a sum is cut into vectors follows from its length.
@@ -368,6 +388,9 @@ def _weigh(task, group, first, count, softmax, scores, stats, max_rows):
         low = max(0, position + 1 - window) if window else 0
         high = min(count, position + 1)
         s = advance(scores, row * _BLOCK)
+        token = load_int(task, _QUERY) + row // group
+        if tree[0]:
+            low, high = _range_of_node(tree, token, first, low, high, window)
         old = load(stats, row)
         new = old
         if low < high:
@@ -379,6 +402,12 @@ def _weigh(task, group, first, count, softmax, scores, stats, max_rows):
                 store(s, j, np.float32(-np.inf))
             for j in range(high, width):
                 store(s, j, np.float32(-np.inf))
+            if tree[0]:
+                nodes = advance(int64_pointer(tree[0]), token * tree[1])
+                start = load_int(nodes, 0) - first
+                for j in range(max(low, start), high):
+                    if not _sees(nodes, j - start):
+                        store(s, j, np.float32(-np.inf))
             best = vload(s, 0)
             for j in range(LANES, width, LANES):
                 best = vmax(best, vload(s, j))
@@ -401,6 +430,25 @@ def _weigh(task, group, first, count, softmax, scores, stats, max_rows):
         store(stats, row, new)
         store(stats, max_rows + row, load(stats, max_rows + row) * factor + total)
         store(stats, 2 * max_rows + row, factor)
+
+
+@helper
+def _range_of_node(tree, token, first, low, high, window):
+    """From which to which of the keys from ``first`` on a query sees any; none where it does not
+    see one."""
+    row = advance(int64_pointer(tree[0]), token * tree[1])
+    start = load_int(row, 0)
+    if window and load_int(row, 1):
+        low = max(0, min(start + load_int(row, 1) - window, start) - first)
+    sees = low < min(high, start - first)
+    for j in range(max(low, start - first), high):
+        sees |= _sees(row, first + j - start)
+    return low, high if sees else low
+
+
+@helper
+def _sees(row, node):
+    return (load_int(row, 2 + node // 64) >> (node % 64)) & 1 != 0
 
 
 @helper

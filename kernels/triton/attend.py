@@ -16,6 +16,8 @@ from kernels.triton.tiles import (
     NO_SCALE,
     TOKEN_SCALE,
     cap_scores,
+    load_roots,
+    sees_nodes,
     update_softmax,
 )
 
@@ -87,6 +89,7 @@ def attend_keys(
     v_cache,
     k_scale,
     v_scale,
+    tree_rows,
     soft_cap,
     k_stride_block,
     k_stride_token,
@@ -100,13 +103,17 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALES: tl.constexpr,
     KIND: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Online softmax of a tile over the keys ``start .. stop - 1``; pointers are at the head's."""
+    """Online softmax of a tile over the keys ``start .. stop - 1``.
+
+    Pointers are at the head's, those to rows of the tree tensor at each query's.
+    """
     IS_PAIRED: tl.constexpr = KIND != "plain"
     # An 8-bit cache is read two values at a time: as many columns, and twice the sums.
     COLUMNS: tl.constexpr = BLOCK_D // 2 if IS_PAIRED else BLOCK_D
@@ -116,6 +123,8 @@ def attend_keys(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if IS_PAIRED:
         q, odd_q = tl.split(tl.reshape(q, [BLOCK_M, COLUMNS, 2]))
+    if TREE_WORDS > 0:
+        root, position_in_text = load_roots(tree_rows, position)
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, COLUMNS)
     is_column = columns < (HEAD_DIM // 2 if IS_PAIRED else HEAD_DIM)
@@ -149,7 +158,13 @@ def attend_keys(
         visible = is_key[None, :]
         if IS_CAUSAL:
             visible = visible & (key[None, :] <= position[:, None])
-        if WINDOW > 0:
+        if TREE_WORDS > 0:
+            is_node = key[None, :] >= root[:, None]
+            visible = visible & sees_nodes(tree_rows, root, key, TREE_WORDS)
+            if WINDOW > 0:
+                near = key[None, :] > position_in_text[:, None] - WINDOW
+                visible = visible & (is_node | near)
+        elif WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
         weights, correction, maximum, total = update_softmax(maximum, total, scores)

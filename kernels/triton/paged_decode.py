@@ -94,6 +94,7 @@ def paged_decode_kernel(
     key_start,
     prior_out,
     prior_lse,
+    tree,
     scale,
     soft_cap,
     q_stride_token,
@@ -118,6 +119,7 @@ def paged_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SCALES: tl.constexpr,
     KIND: tl.constexpr,
@@ -147,12 +149,13 @@ def paged_decode_kernel(
         gdc_launch_dependents()
     requests = tl.arange(0, BLOCK_B)
     counts = count_blocks(
-        seq_lens, query_start_loc, key_start, requests, num_requests, WINDOW, BLOCK_N
-    )
+        seq_lens, query_start_loc, key_start, tree, requests, num_requests,
+        WINDOW, TREE_WORDS, BLOCK_N,
+    )  # fmt: skip
     ends = tl.cumsum(counts, 0)
     num_blocks = count_all_blocks(
-        counts, seq_lens, query_start_loc, key_start, num_requests,
-        WINDOW, BLOCK_N, BLOCK_B, IS_ONE_BLOCK,
+        counts, seq_lens, query_start_loc, key_start, tree, num_requests,
+        WINDOW, TREE_WORDS, BLOCK_N, BLOCK_B, IS_ONE_BLOCK,
     )  # fmt: skip
     share = tl.maximum(tl.cdiv(num_blocks, tl.num_programs(1)), min_share)
     block = item * share
@@ -179,11 +182,11 @@ def paged_decode_kernel(
         v_scale += head * scale_stride_head
     while block < last_block:  # one request's part of the share a turn
         request, num_before = find_request(
-            block, counts, ends, seq_lens, query_start_loc, key_start, num_requests,
-            WINDOW, BLOCK_N, BLOCK_B, IS_ONE_BLOCK,
+            block, counts, ends, seq_lens, query_start_loc, key_start, tree, num_requests,
+            WINDOW, TREE_WORDS, BLOCK_N, BLOCK_B, IS_ONE_BLOCK,
         )  # fmt: skip
         query_start, num_queries, first, stop = span(
-            seq_lens, query_start_loc, key_start, request, True, WINDOW
+            seq_lens, query_start_loc, key_start, tree, request, True, WINDOW, TREE_WORDS
         )
         num_own = tl.maximum(tl.cdiv(stop - first, BLOCK_N), 1)
         end_block = tl.minimum(last_block, num_before + num_own)
@@ -196,6 +199,10 @@ def paged_decode_kernel(
             gdc_wait()
         queries = tl.load(q + q_at[:, None] + dims[None, :], mask=mask, other=0.0)
         queries, factor = round_query(queries, COMPUTE)
+        tree_rows = None
+        if TREE_WORDS > 0:
+            node = query_start + tl.minimum(row // GROUP, num_queries - 1)
+            tree_rows = tree + node.to(tl.int64) * (2 + TREE_WORDS)
         acc, maximum, total = attend_keys(
             queries,
             factor * head_factor,
@@ -207,6 +214,7 @@ def paged_decode_kernel(
             v_cache,
             k_scale,
             v_scale,
+            tree_rows,
             soft_cap,
             k_stride_block,
             k_stride_token,
@@ -220,6 +228,7 @@ def paged_decode_kernel(
             BLOCK_N,
             BLOCK_D,
             WINDOW,
+            TREE_WORDS,
             HAS_CAP,
             MAX_ROWS > GROUP,
             SCALES,
@@ -325,6 +334,7 @@ def paged_decode(
     key_start: Tensor | None = None,
     return_lse: bool = False,
     prior: Prior | None = None,
+    tree: Tensor | None = None,
     tiling: DecodeTiling | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`kernels.paged_attend` for requests of at most ``max_query_len`` queries, a few.
@@ -336,6 +346,8 @@ def paged_decode(
     prior : (Tensor [S, T, Hq, D] fp32, Tensor [S, T, Hq] fp32), or None
         Outputs and natural log-sum-exps over the keys before ``key_start``, in ``S`` disjoint
         parts, to be merged into the result of the requests whose ``key_start`` is positive.
+    tree : Tensor [T, 2 + W] int64, or None
+        Which of the last tokens of its sequence a query sees (:mod:`kernels.tree_attention`).
     tiling : DecodeTiling or None
         None: :func:`choose_tiling`.
 
@@ -349,7 +361,7 @@ def paged_decode(
     if len(q) and len(seq_lens):
         caches = (k_cache, v_cache, k_scale, v_scale)
         lengths = (block_table, query_start_loc, seq_lens, key_start)
-        tensors = (q, *caches, *lengths, *(prior or (None, None)))
+        tensors = (q, *caches, *lengths, *(prior or (None, None)), tree)
         masks = (sliding_window, soft_cap)
         launch = _decode.find(tensors, scale, *masks, max_query_len, return_lse, tiling)
         parts = [torch.empty(s, dtype=torch.float32, device=device) for s in launch.scratch]
@@ -370,6 +382,7 @@ def _decode(
     key_start: Tensor | None,
     prior_out: Tensor | None,
     prior_lse: Tensor | None,
+    tree: Tensor | None,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -379,6 +392,7 @@ def _decode(
 ) -> Launcher:
     check_caches(q, k_cache, v_cache, k_scale, v_scale)
     assert q.stride(2) == 1
+    assert tree is None or (tree.is_contiguous() and len(tree) == len(q))
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
@@ -427,6 +441,7 @@ def _decode(
         BLOCK_SIZE=block_size,
         MAX_ROWS=max_rows,
         WINDOW=sliding_window or 0,
+        TREE_WORDS=0 if tree is None else tree.shape[1] - 2,
         HAS_CAP=soft_cap is not None,
         SCALES=scales,
         KIND=kind,
@@ -462,6 +477,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         requests: int = 2,
         scales_of: str = "tokens",
         is_suffix: bool = False,
+        tree_words: int = 0,
         **masks: float | int,
     ) -> Callable[[], object]:
         q = torch.empty(requests * queries, 8, head_dim, dtype=dtype)
@@ -474,6 +490,8 @@ def example_launches() -> dict[str, Callable[[], object]]:
         if is_suffix:
             prior = (torch.empty(3, *q.shape), torch.empty(3, *q.shape[:2]))
             options |= {"key_start": index[:requests], "prior": prior, "return_lse": True}
+        if tree_words:
+            options["tree"] = torch.zeros(len(q), 2 + tree_words, dtype=torch.int64)
         lengths = (index.view(requests, 16), index[: requests + 1], index[:requests])
         return lambda: paged_decode(
             q, cache, cache, *lengths, 1.0, max_query_len=queries, **options
@@ -491,4 +509,6 @@ def example_launches() -> dict[str, Callable[[], object]]:
             half, torch.int8, head_dim=256, scales_of="heads"
         ),
         "fp32": call(torch.float32, torch.float32),
+        "bf16, trees": call(half, half, queries=6, tree_words=1),
+        "bf16, larger trees, window": call(half, half, queries=6, tree_words=2, sliding_window=32),
     }

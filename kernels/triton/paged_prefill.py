@@ -69,6 +69,7 @@ def paged_prefill(
     max_query_len: int,
     key_start: Tensor | None = None,
     return_lse: bool = False,
+    tree: Tensor | None = None,
     tiles: PrefillTiles | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to its request's cached keys up to and including its own position.
@@ -101,6 +102,8 @@ def paged_prefill(
         Keys before it are skipped (the suffix pass of cascade attention).
     return_lse : bool
         Return the log-sum-exp of the scores as well.
+    tree : Tensor [T, 2 + W] int64, or None
+        Which of the last tokens of its sequence a query sees (:mod:`kernels.tree_attention`).
     tiles : PrefillTiles or None
         Shape of a program; None takes what was found to be fast.
 
@@ -121,7 +124,7 @@ def paged_prefill(
         caches = (k_cache, v_cache, k_scale, v_scale)
         lengths = (block_table, query_start_loc, seq_lens, key_start)
         masks = (sliding_window, soft_cap)
-        _prefill((q, *caches, *lengths, out, lse), scale, *masks, max_query_len, tiles)
+        _prefill((q, *caches, *lengths, out, lse, tree), scale, *masks, max_query_len, tiles)
     return out if lse is None else (out, lse)
 
 
@@ -138,6 +141,7 @@ def _prefill(
     key_start: Tensor | None,
     _out: Tensor,
     lse: Tensor | None,
+    tree: Tensor | None,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -145,6 +149,7 @@ def _prefill(
     tiles: PrefillTiles | None,
 ) -> Launcher:
     _check(q, k_cache, v_cache, k_scale, v_scale)
+    assert tree is None or (tree.is_contiguous() and len(tree) == len(q))
     num_tokens, num_heads, head_dim = q.shape
     num_requests = block_table.shape[0]
     num_kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
@@ -189,6 +194,7 @@ def _prefill(
         HAS_WINDOW=sliding_window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
         HAS_KEY_START=key_start is not None,
+        TREE_WORDS=0 if tree is None else tree.shape[1] - 2,
         HAS_LSE=lse is not None,
         MUST_SEARCH=must_search,
         COMPUTE=compute_dtype(q.dtype),
@@ -281,6 +287,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         cache_dtype: torch.dtype | None = None,
         scale_dims: int = 3,
         has_key_start: bool = False,
+        tree_words: int = 0,
         **options: Any,
     ) -> Callable[[], object]:
         def run() -> object:
@@ -291,6 +298,8 @@ def example_launches() -> dict[str, Callable[[], object]]:
             scale = None
             if cache_dtype is not None:
                 scale = empty(shape[:3] if scale_dims == 3 else shape[2:3])
+            if tree_words:
+                options["tree"] = empty((2 * max_query_len, 2 + tree_words), dtype=torch.int64)
             return paged_prefill(
                 empty((2 * max_query_len, heads, dim), dtype=dtype),
                 cache,
@@ -317,6 +326,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "fp32, D 128": call(torch.float32),
         "bf16, D 256, soft cap": call(dim=256, soft_cap=50.0),
         "bf16, D 80, drafts": call(dim=80, max_query_len=5),
+        "bf16, D 128, trees, window": call(max_query_len=61, tree_words=1, sliding_window=99),
         "bf16, fp8 cache, suffix": call(cache_dtype=fp8, has_key_start=True, return_lse=True),
         "bf16, D 128, one tiling for all": call(
             max_query_len=1,

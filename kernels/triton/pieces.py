@@ -15,7 +15,16 @@ from kernels.triton.tiles import LN_2, LOG2_E, finish_softmax, merge_tiles
 
 
 @triton.jit
-def span(seq_lens, query_start_loc, key_start, request, mask, WINDOW: tl.constexpr):
+def span(
+    seq_lens,
+    query_start_loc,
+    key_start,
+    tree,
+    request,
+    mask,
+    WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
+):
     """Where requests' queries begin, how many they are, and which keys they see in all."""
     query_start = tl.load(query_start_loc + request, mask=mask, other=0)
     num_queries = tl.load(query_start_loc + request + 1, mask=mask, other=0) - query_start
@@ -24,7 +33,12 @@ def span(seq_lens, query_start_loc, key_start, request, mask, WINDOW: tl.constex
     if key_start is not None:
         first = tl.maximum(tl.load(key_start + request, mask=mask, other=0), first)
     if WINDOW > 0:
-        first = tl.maximum(stop - num_queries - WINDOW + 1, first)
+        position = stop - num_queries
+        if TREE_WORDS > 0:  # of nodes it is near the root, wherever they stand
+            row = tree + query_start.to(tl.int64) * (2 + TREE_WORDS)
+            root = tl.load(row, mask=mask & (num_queries > 0), other=0)
+            position = tl.minimum(position, root.to(tl.int32))
+        first = tl.maximum(position - WINDOW + 1, first)
     stop = tl.where(num_queries > 0, tl.maximum(stop, first), first)
     return query_start, num_queries, first, stop
 
@@ -34,14 +48,18 @@ def count_blocks(
     seq_lens,
     query_start_loc,
     key_start,
+    tree,
     request,
     num_requests,
     WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Blocks of keys of each request: at least one, to write its rows; none for padding."""
     mask = request < num_requests
-    _, num_queries, first, stop = span(seq_lens, query_start_loc, key_start, request, mask, WINDOW)
+    _, num_queries, first, stop = span(
+        seq_lens, query_start_loc, key_start, tree, request, mask, WINDOW, TREE_WORDS
+    )
     return tl.where(num_queries > 0, tl.maximum(tl.cdiv(stop - first, BLOCK_N), 1), 0)
 
 
@@ -51,8 +69,10 @@ def count_all_blocks(
     seq_lens,
     query_start_loc,
     key_start,
+    tree,
     num_requests,
     WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,
@@ -63,8 +83,9 @@ def count_all_blocks(
         for start in range(BLOCK_B, num_requests, BLOCK_B):
             request = start + tl.arange(0, BLOCK_B)
             more = count_blocks(
-                seq_lens, query_start_loc, key_start, request, num_requests, WINDOW, BLOCK_N
-            )
+                seq_lens, query_start_loc, key_start, tree, request, num_requests,
+                WINDOW, TREE_WORDS, BLOCK_N,
+            )  # fmt: skip
             total += tl.sum(more, 0)
     return total
 
@@ -77,8 +98,10 @@ def find_request(
     seq_lens,
     query_start_loc,
     key_start,
+    tree,
     num_requests,
     WINDOW: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,
@@ -101,8 +124,9 @@ def find_request(
         for start in range(0, num_requests, BLOCK_B):
             others = start + tl.arange(0, BLOCK_B)
             more = count_blocks(
-                seq_lens, query_start_loc, key_start, others, num_requests, WINDOW, BLOCK_N
-            )
+                seq_lens, query_start_loc, key_start, tree, others, num_requests,
+                WINDOW, TREE_WORDS, BLOCK_N,
+            )  # fmt: skip
             is_before = (seen + tl.cumsum(more, 0) <= block) & (others < num_requests)
             request += tl.sum(is_before.to(tl.int32), 0)
             num_before += tl.sum(tl.where(is_before, more, 0), 0)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.numbers import decode_kv
-from kernels.triton.tiles import LN_2, LOG2_E
+from kernels.triton.tiles import LN_2, LOG2_E, load_roots, sees_nodes
 
 # What a running maximum starts from: finite, so that a row that sees nothing yet makes no NaN.
 _LEAST = tl.constexpr(-1e30)
@@ -92,13 +92,21 @@ def _hide(
     position,
     key,
     key_start,
+    tree_rows,
     window,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
 ):
     """``-inf`` where a row does not see a key."""
     seen = key[None, :] <= position[:, None]
-    if HAS_WINDOW:
+    if TREE_WORDS > 0:
+        root, position_in_text = load_roots(tree_rows, position)
+        seen &= sees_nodes(tree_rows, root, key, TREE_WORDS)
+        if HAS_WINDOW:
+            near = key[None, :] > position_in_text[:, None] - window
+            seen &= near | (key[None, :] >= root[:, None])
+    elif HAS_WINDOW:
         seen &= key[None, :] > position[:, None] - window
     if HAS_KEY_START:
         seen &= key[None, :] >= key_start
@@ -130,6 +138,7 @@ def _attend_stretch(
     k_scale_base,
     v_scale_base,
     table_row,
+    tree_rows,
     scale,
     cap_scale,
     window,
@@ -150,6 +159,7 @@ def _attend_stretch(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     IS_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -196,7 +206,10 @@ def _attend_stretch(
             scores *= key_scale[None, :]
         scores = _cap(scores, cap_scale, HAS_SOFT_CAP)
         if IS_MASKED:
-            scores = _hide(scores, position, key, key_start, window, HAS_WINDOW, HAS_KEY_START)
+            scores = _hide(
+                scores, position, key, key_start, tree_rows, window,
+                HAS_WINDOW, HAS_KEY_START, TREE_WORDS,
+            )  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
@@ -248,6 +261,7 @@ def prefill_kernel(
     key_start_ptr,
     out_ptr,
     lse_ptr,
+    tree_ptr,
     scale,
     cap_scale,
     window,
@@ -283,6 +297,7 @@ def prefill_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
+    TREE_WORDS: tl.constexpr,
     HAS_LSE: tl.constexpr,
     MUST_SEARCH: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -324,6 +339,16 @@ def prefill_kernel(
     high_position = context + tl.minimum(first_query + BLOCK_Q, num_queries) - 1
     end = high_position + 1
 
+    # Which keys every row sees ends with the first row's own, or before a tree. Windows of nodes
+    # begin where they stand in the text of their path, behind the root.
+    all_stop = low_position + 1
+    tree_rows = None
+    if TREE_WORDS > 0:
+        node = tl.minimum(token, query_start + num_queries - 1).to(tl.int64)
+        tree_rows = tree_ptr + node * (2 + TREE_WORDS)
+        root = tl.load(tree_ptr + (query_start + first_query).to(tl.int64) * (2 + TREE_WORDS))
+        all_stop = tl.minimum(all_stop, root.to(tl.int32))
+        low_position = tl.minimum(low_position, root.to(tl.int32))
     # first_key: what the tile's first row sees first; edge: what its last row sees first.
     first_key = 0
     edge = 0
@@ -337,7 +362,7 @@ def prefill_kernel(
         edge = tl.maximum(edge, high_position - window + 1)
     start = first_key // BLOCK_N * BLOCK_N
     left_stop = tl.minimum(tl.cdiv(edge, BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-    middle_stop = tl.maximum((low_position + 1) // BLOCK_N * BLOCK_N, left_stop)
+    middle_stop = tl.maximum(all_stop // BLOCK_N * BLOCK_N, left_stop)
 
     k_base = k_ptr + kv_head * k_stride_head
     v_base = v_ptr + kv_head * v_stride_head
@@ -386,6 +411,7 @@ def prefill_kernel(
                 k_scale_base,
                 v_scale_base,
                 table_row,
+                tree_rows,
                 scale,
                 cap_scale,
                 window,
@@ -406,6 +432,7 @@ def prefill_kernel(
                 HAS_WINDOW,
                 HAS_SOFT_CAP,
                 HAS_KEY_START,
+                TREE_WORDS,
                 stretch != 1,
                 COMPUTE,
                 q_ptr.dtype.element_ty,

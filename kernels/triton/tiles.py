@@ -130,3 +130,25 @@ def merge_pair(out_a, lse_a, out_b, lse_b):
     total = tl.where(has_none, 1.0, total)
     out = out_a * (a / total)[:, None] + out_b * (b / total)[:, None]
     return out, tl.where(has_none, float("-inf"), shift + tl.log2(total))
+
+
+@triton.jit
+def load_roots(tree_rows, index):
+    """Where each row's tree begins, and its position in the text of its path, which stands at
+    ``index``; pointers are to rows of :mod:`kernels.tree_attention`."""
+    root = tl.load(tree_rows).to(tl.int32)
+    depth = tl.load(tree_rows + 1).to(tl.int32)
+    return root, tl.where(depth > 0, root - 1 + depth, index)
+
+
+@triton.jit
+def sees_nodes(tree_rows, root, key, TREE_WORDS: tl.constexpr):
+    """Whether rows see keys, as far as trees hide them: ``[rows, keys]``."""
+    node = key[None, :] - root[:, None]
+    seen = node < 0
+    for word in tl.static_range(TREE_WORDS):
+        bits = tl.load(tree_rows + 2 + word)
+        place = node - 64 * word
+        is_here = (place >= 0) & (place < 64)
+        seen |= is_here & ((bits[:, None] >> tl.where(is_here, place, 0).to(tl.int64)) & 1 != 0)
+    return seen

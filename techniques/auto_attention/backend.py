@@ -13,7 +13,7 @@ from kernels.attention import MAX_DECODE_QUERIES
 from techniques.attention import CountingAttention, Phase
 from techniques.auto_attention.measured import CLASSES, ranking
 from workbench.core.step import ForwardBatch
-from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport
+from workbench.slots.attention import AttentionBackend, AttentionLayer, CudaGraphSupport, TokenTrees
 from workbench.slots.kv_pool import KVPool
 
 _LOG = logging.getLogger(__name__)
@@ -22,9 +22,10 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 @dataclass(frozen=True, slots=True)
 class AutoMetadata:
-    """Metadata of the backend that serves the step."""
+    """Which backend serves the step, and its metadata."""
 
     phase: Phase
+    name: str
     inner: Any
 
 
@@ -32,13 +33,17 @@ class AutoAttention(CountingAttention):
     """Delegates to the first backend of a ranking that can serve the model.
 
     Which one that is for each kind of step stands in :attr:`picks`, in :meth:`describe` and in the
-    counters; why others were passed over in :attr:`passed_over`.
+    counters; why others were passed over in :attr:`passed_over`. Token trees go to the first that
+    knows them.
     """
+
+    supports_trees = True
 
     def __init__(self, config: Any = None) -> None:
         self.picks: dict[Phase, str] = {}
         self.passed_over: dict[str, list[str]] = {}
         self._backends: dict[str, AttentionBackend] = {}
+        self._for_trees = ""
         super().__init__(config)
 
     @property
@@ -59,19 +64,19 @@ class AutoAttention(CountingAttention):
         # A few queries a request, as drafts have, read far more keys than they do arithmetic:
         # what is fastest for single tokens is fastest for them.
         phase: Phase = "decode" if batch.max_query_len <= MAX_DECODE_QUERIES else "prefill"
-        return AutoMetadata(phase, self._backends[self.picks[phase]].build_metadata(batch))
+        name = self._for_trees if TokenTrees in batch.extras else self.picks[phase]
+        return AutoMetadata(phase, name, self._backends[name].build_metadata(batch))
 
     def forward(
         self, q: torch.Tensor, layer: AttentionLayer, metadata: AutoMetadata, pool: KVPool
     ) -> torch.Tensor:
-        name = self.picks[metadata.phase]
         self.count(metadata.phase)
-        self._calls[f"{name}_calls"] += 1
-        return self._backends[name].forward(q, layer, metadata.inner, pool)
+        self._calls[f"{metadata.name}_calls"] += 1
+        return self._backends[metadata.name].forward(q, layer, metadata.inner, pool)
 
     def reset_counters(self) -> None:
         super().reset_counters()
-        for name in dict.fromkeys(self.picks.values()):
+        for name in dict.fromkeys([*self.picks.values(), *filter(None, [self._for_trees])]):
             self._calls[f"{name}_calls"] = 0
             self._backends[name].reset_counters()
 
@@ -82,14 +87,17 @@ class AutoAttention(CountingAttention):
         self.picks, self.passed_over, self._backends = {}, {}, {}
         for phase in PHASES:
             for name in ranking(capability, phase):
-                if name not in self._backends:
-                    self._backends[name] = _build(name)
-                    reasons = self._backends[name].unsupported_reasons(layers, pool)
-                    if reasons:
-                        self.passed_over[name] = reasons
-                if name not in self.passed_over:
+                if self._serves(name, layers, pool):
                     self.picks[phase] = name
                     break
+        self._for_trees = next(
+            (
+                name
+                for name in ranking(capability, "decode")
+                if self._serves(name, layers, pool) and self._backends[name].supports_trees
+            ),
+            "",
+        )
         self.reset_counters()
         for name, why in self.passed_over.items():
             _LOG.info("attention: not %s: %s", name, "; ".join(why))
@@ -99,6 +107,15 @@ class AutoAttention(CountingAttention):
             + "; ".join(f"{name}: {', '.join(why)}" for name, why in self.passed_over.items())
             for phase in missing
         ]
+
+    def _serves(self, name: str, layers: list[AttentionLayer], pool: KVPool) -> bool:
+        """Whether a backend can; built and asked once."""
+        if name not in self._backends:
+            self._backends[name] = _build(name)
+            reasons = self._backends[name].unsupported_reasons(layers, pool)
+            if reasons:
+                self.passed_over[name] = reasons
+        return name not in self.passed_over
 
 
 def _build(name: str) -> AttentionBackend:

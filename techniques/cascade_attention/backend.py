@@ -26,6 +26,7 @@ from workbench.slots.attention import (
     AttentionLayer,
     CudaGraphSupport,
     StepForm,
+    tree_of,
 )
 from workbench.slots.kv_pool import KVPool
 
@@ -88,6 +89,7 @@ class CascadeAttention(AttentionBackend):
     config: CascadeConfig
     #: Launches depend on shapes alone.
     cudagraph_support = CudaGraphSupport.UNIFORM_SINGLE_TOKEN
+    supports_trees = True
 
     def __init__(self, config: CascadeConfig | None = None) -> None:
         super().__init__(config)
@@ -172,6 +174,7 @@ class CascadeAttention(AttentionBackend):
     ) -> torch.Tensor:
         k_cache, v_cache = pool.layer(layer.index)
         batch, groups = metadata.batch, metadata.tensors
+        tree = tree_of(batch, layer.sliding_window)
         if groups is None or layer.sliding_window is not None:
             return kernels.paged_attend(
                 q,
@@ -186,6 +189,7 @@ class CascadeAttention(AttentionBackend):
                 query_lens=batch.query_lens_host,
                 seq_lens_list=None if metadata.is_prepared else batch.seq_lens_host,
                 max_query_len=metadata.max_query_len,
+                tree=tree,
             )
         return cascade_attend(
             q,
@@ -202,6 +206,7 @@ class CascadeAttention(AttentionBackend):
             key_start=groups.key_start,
             soft_cap=layer.soft_cap,
             max_query_len=metadata.max_query_len,
+            tree=tree,
             is_padded=metadata.is_prepared,
         )
 

@@ -18,7 +18,7 @@ from techniques.attention import (
     quantized_reasons,
 )
 from workbench.core.step import ForwardBatch
-from workbench.slots.attention import AttentionLayer, CudaGraphSupport
+from workbench.slots.attention import AttentionLayer, CudaGraphSupport, tree_of
 from workbench.slots.kv_pool import KVPool
 
 
@@ -36,6 +36,7 @@ class TritonAttention(CountingAttention):
 
     #: Launches depend on shapes and on the longest query alone.
     cudagraph_support = CudaGraphSupport.ALWAYS
+    supports_trees = True
 
     def build_metadata(self, batch: ForwardBatch) -> TritonMetadata:
         return TritonMetadata(batch, batch.max_query_len, phase_of(batch))
@@ -57,6 +58,7 @@ class TritonAttention(CountingAttention):
             sliding_window=layer.sliding_window,
             soft_cap=layer.soft_cap,
             max_query_len=metadata.max_query_len,
+            tree=tree_of(batch, layer.sliding_window),
             implementation="triton",
         )
 

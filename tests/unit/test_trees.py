@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from kernels.tree_attention import attend_tree, tree_mask
 from tests.helpers.branching import BRANCHING, BranchingDrafter
 from tests.helpers.engines import check_idle, mixed_prompts, run_to_end, tiny_engine
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tree_cases import random_parents
 from workbench.core.errors import ConfigError
 from workbench.core.outputs import RequestOutput
 from workbench.core.request import FinishReason
@@ -41,10 +40,6 @@ KV = {
         "engine.prefill.chunk_tokens=24",
     ),
 }
-
-
-def random_parents(rng: random.Random, count: int) -> list[int]:
-    return [rng.randint(-1, i - 1) for i in range(count)]
 
 
 # -- trees ----------------------------------------------------------------------------------------
@@ -101,46 +96,6 @@ def test_the_best_nodes_that_hang_together(seed: int) -> None:
         if len(chosen) <= limit and all(parents[n] in chosen | {-1} for n in chosen):
             best = max(best, sum(confidence[n] for n in chosen))
     assert sum(confidence[n] for n in nodes) == pytest.approx(best)
-
-
-# -- attention ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("soft_cap", [None, 5.0])
-@pytest.mark.parametrize("window", [None, 3, 9])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_node_sees_what_a_sequence_of_its_path_would(
-    seed: int, window: int | None, soft_cap: float | None
-) -> None:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    known, count = rng.randint(1, 14), rng.randint(1, 9)
-    parents = random_parents(rng, count)
-    total, block_size = known + count, 4
-    num_blocks = -(-total // block_size)
-    blocks = torch.randperm(num_blocks + 2)[:num_blocks].int()
-    k_cache, v_cache = torch.randn(2, num_blocks + 3, block_size, 2, 16).unbind()
-    q = torch.randn(1 + count, 4, 16)
-    mask = tree_mask(1 + count, total, parents, window, q.device)
-    found = attend_tree(q, k_cache, v_cache, blocks, mask, 0.3, soft_cap=soft_cap)
-    slots = [int(blocks[i // block_size]) * block_size + i % block_size for i in range(total)]
-    keys, values = (cache.view(-1, 2, 16)[slots] for cache in (k_cache, v_cache))
-    for query in range(1 + count):
-        path = [known + node for node in path_to(parents, query - 1)]
-        order = [*range(known), *path]
-        wanted = kernels.paged_attend(
-            q[query : query + 1].contiguous(),
-            keys[order].unsqueeze(0),
-            values[order].unsqueeze(0),
-            torch.zeros(1, 1, dtype=torch.int32),
-            torch.tensor([0, 1], dtype=torch.int32),
-            torch.tensor([len(order)], dtype=torch.int32),
-            0.3,
-            sliding_window=window,
-            soft_cap=soft_cap,
-            implementation="reference",
-        )
-        torch.testing.assert_close(found[query : query + 1], wanted, atol=1e-5, rtol=1e-5)
 
 
 # -- verification ---------------------------------------------------------------------------------

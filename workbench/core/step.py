@@ -84,44 +84,6 @@ class SchedulerOutput:
         return sum(self.num_scheduled_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenTree:
-    """A request of a batch whose sequence ends with a tree.
-
-    Attributes
-    ----------
-    request
-        Its index in the batch.
-    start, num_queries
-        Its tokens: all nodes stand last, in order, or the last of the nodes are all its tokens.
-    parents, depths
-        By node: the node that it follows, -1 for the last known token, and how many nodes lead to
-        it, itself included.
-    """
-
-    request: int
-    start: int
-    num_queries: int
-    parents: list[int]
-    depths: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTrees:
-    """Trees of a batch, in ``ForwardBatch.extras``. A node sees the known tokens, the nodes that
-    lead to it, and itself; its position is that of its depth, its slot that of its place.
-
-    Attributes
-    ----------
-    masks
-        Which keys the queries of a request see, ``[num_queries, seq_len]`` bool, by request and
-        sliding window, kept by the backend that makes them.
-    """
-
-    trees: list[TokenTree]
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-
-
 @dataclass(slots=True)
 class ForwardBatch:
     """Inputs of one forward pass: token-major flat tensors on the device.

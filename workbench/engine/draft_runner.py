@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 import kernels
-from workbench.core.step import ForwardBatch, SchedulerOutput, TokenTree, TokenTrees
+from kernels.tree_attention import Tree
+from workbench.core.step import ForwardBatch, SchedulerOutput
+from workbench.engine.proposed_trees import token_trees
 from workbench.engine.request_table import RequestTable
-from workbench.engine.trees import depths_of
 from workbench.engine.upload import upload
-from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext
+from workbench.slots.attention import PLAIN_FORM, AttentionBackend, ForwardContext, TokenTrees
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.sampler import (
     SamplingMetadata,
@@ -154,8 +155,10 @@ class DraftRunner:
         places = self._first(num_nodes)[num_nodes - each :].repeat(size) + starts[owner]
         blocks = table.block_table[own]
         lengths = [start + num_nodes for start in first]
-        depths = [depths_of(of_tree) for of_tree in parents]
-        trees = [TokenTree(i, i * each, each, list(parents[i]), depths[i]) for i in range(size)]
+        trees = [
+            Tree(i * each, each, start, of_tree)
+            for i, (start, of_tree) in enumerate(zip(first, parents, strict=True))
+        ]
         batch = ForwardBatch(
             input_ids=token_ids,
             positions=starts[owner] + (depth - 1),
@@ -169,7 +172,7 @@ class DraftRunner:
             seq_lens_host=lengths,
             block_size=self.pool.block_size,
             host_rows=(table.host_block_table, list(rows)),
-            extras={TokenTrees: TokenTrees(trees)},
+            extras={TokenTrees: token_trees(trees, len(token_ids), device)},
         )
         return self.forward(batch)
 

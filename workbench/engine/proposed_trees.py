@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workbench.core.step import ForwardBatch, TokenTree, TokenTrees
+from kernels.tree_attention import Tree, tree_rows
+from workbench.core.step import ForwardBatch
 from workbench.engine.request_table import RequestTable
 from workbench.engine.step_inputs import StepInputs
 from workbench.engine.trees import chain_parents, depths_of, is_chain, path_to
 from workbench.engine.upload import upload
+from workbench.slots.attention import TokenTrees
 from workbench.slots.drafter import DraftTokens
 from workbench.slots.kv_pool import KVPool
 from workbench.slots.verifier import TreeShape
@@ -36,6 +38,11 @@ class TreeInputs:
     parents: list[list[int]]
     shape: TreeShape
     shift: torch.Tensor
+
+
+def token_trees(trees: Sequence[Tree], num_tokens: int, device: torch.device) -> TokenTrees:
+    """Trees of a batch, as attention backends find them."""
+    return TokenTrees(trees, {None: upload(tree_rows(trees, num_tokens, None), device)})
 
 
 class ProposedTrees:
@@ -66,7 +73,7 @@ class ProposedTrees:
         if not any(n and row in self._by_row for row, n in zip(rows, counts, strict=True)):
             return None
         shift = np.zeros(batch.num_tokens, np.int64)
-        trees: list[TokenTree] = []
+        trees: list[Tree] = []
         parents_of: list[list[int]] = []
         start = 0
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -78,14 +85,15 @@ class ProposedTrees:
                 depths = depths_of(parents)
                 shift[start + num_queries - count : start + num_queries] = depths
                 shift[start + num_queries - count : start + num_queries] -= np.arange(1, count + 1)
-                trees.append(TokenTree(i, start, num_queries, parents, depths))
+                first = batch.seq_lens_host[i] - count
+                trees.append(Tree(start, num_queries, first, parents))
             parents_of.append(parents)
             start += num_queries
         if not trees:
             return None
         on_device = upload(shift, self._table.device)
         batch.positions = batch.positions + on_device
-        batch.extras[TokenTrees] = TokenTrees(trees)
+        batch.extras[TokenTrees] = token_trees(trees, batch.num_tokens, self._table.device)
         of_sampling = [parents_of[i] for i in inputs.sampling]
         return TreeInputs(of_sampling, self._shape(of_sampling), on_device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 import kernels
 from kernels.attention import Implementation
-from kernels.tree_attention import attend_tree, tree_mask
-from workbench.core.step import ForwardBatch, TokenTrees
+from kernels.tree_attention import Tree, tree_rows
+from workbench.core.step import ForwardBatch
 from workbench.slots.component import Component
 from workbench.slots.kv_pool import KVPool
 
@@ -68,6 +69,37 @@ class AttentionLayer:
     scale: float
     sliding_window: int | None = None
     soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrees:
+    """Trees of a batch, in ``ForwardBatch.extras``. A node sees the known tokens, the nodes that
+    lead to it, and itself; its position is that of its depth, its slot that of its place.
+
+    Attributes
+    ----------
+    trees
+        Of the requests that have one.
+    tensors
+        What :func:`kernels.tree_attention.tree_rows` makes of them, on the device: for all layers
+        but those of a sliding window that is shorter than a tree is deep, which add theirs.
+    """
+
+    trees: Sequence[Tree]
+    tensors: dict[int | None, torch.Tensor]
+
+
+def tree_of(batch: ForwardBatch, sliding_window: int | None) -> torch.Tensor | None:
+    """The batch's trees as kernels read them (:mod:`kernels.tree_attention`); None without any."""
+    trees: TokenTrees | None = batch.extras.get(TokenTrees)
+    if trees is None:
+        return None
+    deepest = max(len(tree.parents) for tree in trees.trees)
+    window = sliding_window if sliding_window is not None and sliding_window < deepest else None
+    if window not in trees.tensors:  # shorter than a tree is deep: the first such layer makes it
+        rows = torch.from_numpy(tree_rows(trees.trees, batch.num_tokens, window))
+        trees.tensors[window] = rows.to(batch.input_ids.device)
+    return trees.tensors[window]
 
 
 class AttentionBackend(Component):
@@ -140,7 +172,7 @@ class SdpaAttention(AttentionBackend):
         implementation: Implementation = "auto"  # on the CPU
         if q.is_cuda:
             implementation = "sdpa" if layer.soft_cap is None else "reference"
-        out = kernels.paged_attend(
+        return kernels.paged_attend(
             q,
             k_cache,
             v_cache,
@@ -152,43 +184,9 @@ class SdpaAttention(AttentionBackend):
             soft_cap=layer.soft_cap,
             query_lens=metadata.query_lens_host,
             seq_lens_list=metadata.seq_lens_host,
+            tree=tree_of(metadata, layer.sliding_window),
             implementation=implementation,
         )
-        trees = metadata.extras.get(TokenTrees)
-        if trees is not None:
-            self._attend_trees(q, out, layer, metadata, pool, trees)
-        return out
-
-    def _attend_trees(
-        self,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-        pool: KVPool,
-        trees: TokenTrees,
-    ) -> None:
-        """Once more for the requests whose drafts are trees, into ``out[T, Hq, D]``."""
-        for tree in trees.trees:
-            key = (tree.request, layer.sliding_window)
-            mask = trees.masks.get(key)
-            if mask is None:  # made by the first layer of its kind
-                mask = trees.masks[key] = tree_mask(
-                    tree.num_queries,
-                    batch.seq_lens_host[tree.request],
-                    tree.parents,
-                    layer.sliding_window,
-                    q.device,
-                )
-            rows = slice(tree.start, tree.start + tree.num_queries)
-            out[rows] = attend_tree(
-                q[rows],
-                *pool.layer(layer.index),
-                batch.block_table[tree.request],
-                mask,
-                layer.scale,
-                soft_cap=layer.soft_cap,
-            )
 
     def unsupported_reasons(self, layers: list[AttentionLayer], pool: KVPool) -> list[str]:
         return []
