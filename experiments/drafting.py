@@ -32,7 +32,12 @@ DRAFTERS = {
     "lookahead": ("+technique=lookahead_decoding",),
 }
 #: Drafters with a trained head, by techniques; the first names the option that gives the head.
-HEADS = {"eagle": ("eagle",), "eagle_tree": ("eagle", "eagle_tree"), "medusa": ("medusa",)}
+HEADS = {
+    "eagle": ("eagle",),
+    "eagle_tree": ("eagle", "eagle_tree"),
+    "medusa": ("medusa",),
+    "medusa_tree": ("medusa", "medusa_tree"),
+}
 NAMES = (*DRAFTERS, *HEADS)
 
 

@@ -83,9 +83,15 @@ class MedusaHead(nn.Module):
         """Ids of the target for ids of the draft vocabulary, of any shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
-    def top(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
-        """Likeliest ids of each head, best first: ``[..., K, count]`` from ``hidden[..., H]``."""
-        found = [
-            self.logits(k, hidden).topk(count, dim=-1).indices for k in range(self.spec.num_heads)
-        ]
-        return self.to_target_ids(torch.stack(found, dim=-2))
+    def top(
+        self, hidden: torch.Tensor, count: int, num_heads: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likeliest ids of the first heads, best first, int64 ``[..., K, count]`` from
+        ``hidden[..., H]``, and their log-probabilities, float32."""
+        ids, logprobs = [], []
+        for k in range(self.spec.num_heads if num_heads is None else num_heads):
+            logits = self.logits(k, hidden).float()
+            best, found = logits.topk(count, dim=-1)
+            ids.append(found)
+            logprobs.append(best - logits.logsumexp(-1, keepdim=True))
+        return self.to_target_ids(torch.stack(ids, dim=-2)), torch.stack(logprobs, dim=-2)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from techniques.draft_heads import HeadSpec, MedusaHead, Target, check_target, load_head
-from workbench.core.errors import ConfigError
+from workbench.core.errors import ConfigError, unknown_name
 from workbench.engine.followed import FollowedPlaces
+from workbench.engine.trees import is_chain, likeliest_paths, static_tree
 from workbench.engine.upload import upload
 from workbench.models.decoder import Decoder
 from workbench.slots.drafter import (
@@ -35,18 +38,34 @@ class MedusaConfig:
     head
         Folder of the trained heads; not read with random weights.
     num_draft_tokens
-        Most drafts a request a step, one a head.
-    random_draft_vocab
-        With random weights: ids that the heads can propose; 0 takes all.
+        Most drafts a request a step: of a chain, one a head; of a tree, nodes.
+    tree
+        ``none``: a chain of each head's likeliest token. ``confidence``: the likeliest paths by the
+        heads' probabilities. ``static``: a tree of one shape for all.
+    tree_width
+        Tokens of a head that may follow a node.
+    rank_accuracies
+        Of a static tree: how often a head's likeliest token, its second, and so on, are taken to be
+        right, for every head alike.
+    random_heads, random_draft_vocab
+        With random weights: how many heads (0: as many as a chain has drafts), and ids that they
+        can propose (0: all).
     """
 
     head: str | None = None
     num_draft_tokens: int = 3
+    tree: str = "none"
+    tree_width: int = 4
+    rank_accuracies: tuple[float, ...] = (0.5, 0.15, 0.08, 0.05)
+    random_heads: int = 0
     random_draft_vocab: int = 8192
 
 
+TREES = ("none", "static", "confidence")
+
+
 class Medusa(Drafter):
-    """Proposes the likeliest token of each head.
+    """Proposes the likeliest token of each head, or a tree of its likeliest ones.
 
     The hidden state that the target's last logits came from is all that is read, so drafts cost a
     few small products, and nothing is kept of a request.
@@ -57,15 +76,24 @@ class Medusa(Drafter):
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__(config)
-        if config.num_draft_tokens < 1:
+        for name in ("num_draft_tokens", "tree_width"):
+            value = getattr(config, name)
+            if value < 1:
+                raise ConfigError(f"engine.drafter.{name}={value} must be 1 or more.")
+        for name in ("random_heads", "random_draft_vocab"):
+            value = getattr(config, name)
+            if value < 0:
+                raise ConfigError(f"engine.drafter.{name}={value} must be 0 or more.")
+        if config.tree not in TREES:
+            raise unknown_name("engine.drafter.tree", config.tree, TREES)
+        accuracies = config.rank_accuracies
+        if not accuracies or not all(0 < a <= 1 for a in accuracies):
             raise ConfigError(
-                f"engine.drafter.num_draft_tokens={config.num_draft_tokens} must be 1 or more."
+                f"engine.drafter.rank_accuracies={list(accuracies)} must be shares over 0 and up to"
+                " 1, by rank."
             )
-        if config.random_draft_vocab < 0:
-            raise ConfigError(
-                f"engine.drafter.random_draft_vocab={config.random_draft_vocab} must be 0 (all) or "
-                "more."
-            )
+        self.proposes_trees = config.tree != "none"
+        self._paths: list[tuple[int, ...]] = []
         self.num_lookahead_tokens = config.num_draft_tokens
         self._heads: MedusaHead | None = None
         self._target: Decoder | None = None
@@ -83,6 +111,12 @@ class Medusa(Drafter):
         heads.requires_grad_(False)
         self._heads, self._target = heads, host.target
         self._weight_bytes = _num_bytes(heads, host.target)
+        if self.config.tree_width > heads.spec.draft_vocab_size:
+            raise ConfigError(
+                f"engine.drafter.tree_width={self.config.tree_width} is over the "
+                f"{heads.spec.draft_vocab_size} ids that the heads can propose."
+            )
+        self._paths = self._shape_of_all() if self.config.tree == "static" else []
 
     @property
     def weight_bytes(self) -> int:
@@ -96,18 +130,52 @@ class Medusa(Drafter):
         if not wanted or self._hidden is None:
             return DraftTokens(drafts)
         hidden = self._hidden[upload([places[i] or 0 for i in wanted], self._hidden.device)]
-        best = self.candidates(hidden, 1)[..., 0].tolist()
-        for i, row in zip(wanted, best, strict=True):
-            drafts[i] = row[: max(0, context.max_draft_tokens[i])]
+        limits = [max(0, context.max_draft_tokens[i]) for i in wanted]
+        if self.proposes_trees:
+            return self._trees(context, wanted, hidden, limits)
+        best = self.candidates(hidden, 1)[0][..., 0].tolist()
+        for i, row, limit in zip(wanted, best, limits, strict=True):
+            drafts[i] = row[:limit]
         self._drafted_tokens += sum(map(len, drafts))
         return DraftTokens(drafts)
 
-    def candidates(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
-        """Likeliest ids of each head that drafts, best first: int64 ``[B, K, count]``, from hidden
-        states ``[B, H]`` before the final norm."""
+    def candidates(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likeliest ids of each head that drafts, best first, int64 ``[B, K, count]``, and their
+        log-probabilities, from hidden states ``[B, H]`` before the final norm."""
         assert self._heads is not None and self._target is not None, "load() was not called"
-        found = self._heads.top(self._target.normalize(hidden), count)
-        return found[:, : self.num_lookahead_tokens]
+        return self._heads.top(self._target.normalize(hidden), count, self._num_heads)
+
+    @property
+    def _num_heads(self) -> int:
+        """That draft."""
+        assert self._heads is not None
+        most = self._heads.spec.num_heads
+        return most if self.proposes_trees else min(most, self.num_lookahead_tokens)
+
+    def _trees(
+        self,
+        context: DraftContext,
+        wanted: Sequence[int],
+        hidden: torch.Tensor,
+        limits: Sequence[int],
+    ) -> DraftTokens:
+        """Trees behind the hidden states of the requests that are ``wanted``."""
+        drafts: list[list[int]] = [[] for _ in context.request_ids]
+        parents: list[list[int] | None] = [None] * len(drafts)
+        ids, logprobs = (x.tolist() for x in self.candidates(hidden, self.config.tree_width))
+        for i, own, likely, limit in zip(wanted, ids, logprobs, limits, strict=True):
+            limit = min(limit, self.num_lookahead_tokens)
+            paths = self._paths or likeliest_paths(likely, limit)
+            drafts[i], parents[i] = static_tree(own, paths, limit)
+            self._branching_trees += not is_chain(parents[i] or [])
+        self._drafted_tokens += sum(map(len, drafts))
+        return DraftTokens(drafts, None, parents)
+
+    def _shape_of_all(self) -> list[tuple[int, ...]]:
+        """Paths of a static tree."""
+        ranks = self.config.rank_accuracies[: self.config.tree_width]
+        likely = [[math.log(share) for share in ranks]] * self._num_heads
+        return likeliest_paths(likely, self.num_lookahead_tokens)
 
     @property
     def kept_layers(self) -> frozenset[int]:
@@ -121,10 +189,13 @@ class Medusa(Drafter):
         self._places.forget(request_id)
 
     def counters(self) -> dict[str, float]:
-        return {"drafted_tokens": self._drafted_tokens}
+        return {
+            "drafted_tokens": self._drafted_tokens,
+            "branching_trees": self._branching_trees,
+        }
 
     def reset_counters(self) -> None:
-        self._drafted_tokens = 0
+        self._drafted_tokens = self._branching_trees = 0
 
     def _trained_heads(self, target: Target, host: DrafterHost) -> MedusaHead:
         folder, wanted = self.config.head, self.config.num_draft_tokens
@@ -140,7 +211,7 @@ class Medusa(Drafter):
                 + _HOW_TO_TRAIN
             )
         check_target(loaded, target)
-        if spec.num_heads < wanted:
+        if spec.num_heads < wanted and not self.proposes_trees:
             raise ConfigError(
                 f"engine.drafter.num_draft_tokens={wanted} is over the {spec.num_heads} heads in "
                 f"{folder}; valid: 1 to {spec.num_heads}."
@@ -161,7 +232,7 @@ def _random_heads(config: MedusaConfig, target: Target, host: DrafterHost) -> Me
         hidden_size=target.spec.hidden_size,
         vocab_size=vocab,
         draft_vocab_size=min(config.random_draft_vocab or vocab, vocab),
-        num_heads=config.num_draft_tokens,
+        num_heads=config.random_heads or config.num_draft_tokens,
     )
     size = spec.draft_vocab_size
     d2t = torch.zeros(size, dtype=torch.int64, device=host.device)

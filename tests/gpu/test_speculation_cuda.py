@@ -31,6 +31,7 @@ TECHNIQUES = {
     "eagle": ("eagle",),
     "eagle tree": ("eagle", "eagle_tree"),
     "medusa": ("medusa",),
+    "medusa tree": ("medusa", "medusa_tree"),
 }
 GRAPHS = ("triton_attention", "cuda_graphs")
 NUM_REQUESTS, NUM_DRAFTS, VOCAB = 64, 4, 512

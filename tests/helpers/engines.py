@@ -158,7 +158,7 @@ def together(*first: str) -> tuple[str, ...]:
 
 def needed_settings(techniques: Sequence[str], model: Path) -> list[str]:
     """Overrides without which a technique cannot be built: weights of its own."""
-    needed = []
+    needed, techniques = [], with_requirements(techniques)
     if "draft_model" in techniques:  # of all models, the one whose drafts hold
         needed.append(f"engine.drafter.model={model}")
     if "eagle" in techniques:

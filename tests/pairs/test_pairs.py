@@ -97,6 +97,7 @@ ALIKE = (
     "eagle_tree",
     "layer_skip",
     "medusa",
+    "medusa_tree",
     "rejection_sampling",
     "typical_acceptance",
     "synthetic_acceptance",

@@ -352,7 +352,10 @@ def test_medusa_heads_equal_their_formula(target: Target) -> None:
         logits = (x + block) @ state[f"{head}.1.weight"].T
         torch.testing.assert_close(module(x)[head], logits)
         best = DRAFT_IDS[logits.topk(3, dim=-1).indices]
-        assert torch.equal(module.top(x, 3)[:, head], best)
+        ids, logprobs = module.top(x, 3)
+        assert torch.equal(ids[:, head], best)
+        wanted = logits.log_softmax(-1).topk(3, dim=-1).values
+        torch.testing.assert_close(logprobs[:, head], wanted)
 
 
 def test_untrained_medusa_heads_guess_what_the_target_says_next(target: Target) -> None:

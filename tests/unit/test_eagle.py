@@ -317,6 +317,77 @@ def test_medusa_drafts_are_those_behind_other_steps() -> None:
     assert found[0] == found[1] and found[0][1] > 0
 
 
+@pytest.mark.parametrize("tree", ["confidence", "static"])
+@pytest.mark.parametrize("kv", KV)
+def test_medusa_trees_are_those_of_the_heads(tree: str, kv: str) -> None:
+    """Each proposal against the heads on the last hidden state of the whole text by itself."""
+    limit, width = 7, 3
+    engine = tiny_engine(
+        "engine/drafter=medusa",
+        "engine/verifier=exact_match",
+        f"engine.drafter.head={untrained_heads(target())}",
+        f"engine.drafter.tree={tree}",
+        f"engine.drafter.num_draft_tokens={limit}",
+        f"engine.drafter.tree_width={width}",
+        "engine.drafter.rank_accuracies=[0.5,0.3,0.2]",
+        *KV[kv],
+        model=target(),
+        max_num_seqs=3,
+    )
+    drafter: Any = engine.parts.components["drafter"]
+    propose, whole, checked = drafter.propose, Target(loaded(target())), list[int]()
+
+    def check(context: DraftContext) -> DraftTokens:
+        drafts: DraftTokens = propose(context)
+        assert drafts.parents is not None
+        for i, known in enumerate(context.token_ids):
+            found, parents = drafts.token_ids[i], drafts.parents[i] or []
+            final = whole.hidden_states([known[:-1].tolist()], ()).final[0, -1:]
+            ids, logprobs = drafter._heads.top(final, width)
+            if tree == "static":
+                logprobs = torch.tensor([0.5, 0.3, 0.2]).log().expand(1, 3, 3)
+            paths = {
+                tuple(int(ids[0, depth, rank]) for depth, rank in enumerate(ranks)): float(
+                    sum(logprobs[0, depth, rank] for depth, rank in enumerate(ranks))
+                )
+                for length in (1, 2, 3)
+                for ranks in itertools.product(range(width), repeat=length)
+            }
+            own = {tuple(found[n] for n in path_to(parents, at)) for at in range(len(found))}
+            assert len(own) == len(found) == min(limit, context.max_draft_tokens[i])
+            least = sorted(paths.values(), reverse=True)[: len(found)]
+            assert sorted((paths[path] for path in own), reverse=True) == pytest.approx(least)
+            checked.append(len(found))
+        return drafts
+
+    drafter.propose = check
+    prompts = mixed_prompts(6, longest=50, seed=6)
+    params = [SamplingParams(max_tokens=NEW, ignore_eos=True)] * 6
+    wanted = [o.token_ids for o in tiny_engine(model=target()).generate(prompts, params)]
+    assert [o.token_ids for o in engine.generate(prompts, params)] == wanted
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0 and len(checked) > 30
+    assert counts["drafter.branching_trees"] > 30 and counts["verifier.accepted_tokens"] > 0
+    assert counts["drafter.drafted_tokens"] == sum(checked)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("tree=always", "tree 'always'. Valid: confidence, none, static"),
+        ("tree_width=0", "tree_width=0 must be 1 or more"),
+        ("rank_accuracies=[0.5,1.5]", r"rank_accuracies=\[0.5, 1.5\] must be shares"),
+        ("random_heads=-1", "random_heads=-1 must be 0 or more"),
+        ("tree_width=129", "tree_width=129 is over the 128 ids"),
+    ],
+)
+def test_medusa_settings_that_cannot_be(setting: str, words: str) -> None:
+    heads = f"engine.drafter.head={untrained_heads(target())}"
+    chosen = ("engine/drafter=medusa", "engine/verifier=exact_match", heads)
+    with pytest.raises(ConfigError, match=words):
+        tiny_engine(*chosen, f"engine.drafter.{setting}", model=target())
+
+
 def test_a_cached_prefix_that_goes_on_otherwise() -> None:
     """The last pair of the prefix has the other text's next token: a draft may be worse for it."""
     prompts = mixed_prompts(3, longest=40, seed=4)

@@ -28,6 +28,7 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "suffix": (("suffix_decoding",), ()),
     "suffix tree": (("suffix_decoding", "suffix_tree"), ()),
     "eagle tree": (("eagle", "eagle_tree"), ()),
+    "medusa tree": (("medusa", "medusa_tree"), ()),
     "rejection": (("rejection_sampling",), SHORT_NGRAMS),
     "typical": (("typical_acceptance",), SHORT_NGRAMS),
     "draft model": (("draft_model",), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -22,6 +23,7 @@ from workbench.engine.trees import (
     depths_of,
     fault_of,
     is_chain,
+    likeliest_paths,
     path_to,
     select_tree,
     static_tree,
@@ -75,6 +77,28 @@ def test_a_tree_of_fixed_shape() -> None:
     ]  # what has no rank or no parent is left out
     assert parents == [-1, -1, 0, 0, 3, -1]
     assert static_tree(top, paths, 4) == (tokens[:4], parents[:4])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_likeliest_paths(seed: int) -> None:
+    """Against all paths there are, ranked by their probability."""
+    rng = random.Random(seed)
+    depths, width = rng.randint(1, 4), rng.randint(1, 4)
+    logprobs = [
+        sorted((rng.uniform(-4, 0) for _ in range(width)), reverse=True) for _ in range(depths)
+    ]
+    every = [
+        path
+        for length in range(1, depths + 1)
+        for path in itertools.product(range(width), repeat=length)
+    ]
+
+    def likelihood(path: tuple[int, ...]) -> float:
+        return sum(own[rank] for own, rank in zip(logprobs, path, strict=False))
+
+    ranked = sorted(every, key=likelihood, reverse=True)
+    for limit in (0, 1, 5, len(every), len(every) + 3):
+        assert likeliest_paths(logprobs, limit) == ranked[:limit]
 
 
 @pytest.mark.parametrize("seed", range(20))

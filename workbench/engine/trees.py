@@ -6,6 +6,7 @@ where that is -1, the last known token. So its first nodes are a tree too; ``[-1
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 ROOT = -1
@@ -87,6 +88,35 @@ def static_tree(
         tokens.append(top_tokens[len(path) - 1][rank])
         parents.append(parent)
     return tokens, parents
+
+
+def likeliest_paths(logprobs: Sequence[Sequence[float]], limit: int) -> list[tuple[int, ...]]:
+    """The ``limit`` likeliest paths of ranks where a depth's tokens do not depend on those before
+    them: what a tree verifies with the most to gain (Cai et al. 2024, section 2.3.3).
+
+    Parameters
+    ----------
+    logprobs
+        By depth, those of its tokens, best first.
+
+    Returns
+    -------
+    Best first, so each behind its own beginning.
+    """
+    paths: list[tuple[int, ...]] = []
+    waiting: list[tuple[float, tuple[int, ...]]] = []
+    if logprobs and logprobs[0]:
+        waiting.append((-logprobs[0][0], (0,)))
+    while waiting and len(paths) < limit:
+        cost, path = heapq.heappop(waiting)
+        paths.append(path)
+        depth, rank = len(path), path[-1]
+        own = logprobs[depth - 1]
+        if rank + 1 < len(own):
+            heapq.heappush(waiting, (cost + own[rank] - own[rank + 1], (*path[:-1], rank + 1)))
+        if depth < len(logprobs):
+            heapq.heappush(waiting, (cost - logprobs[depth][0], (*path, 0)))
+    return paths
 
 
 def select_tree(
