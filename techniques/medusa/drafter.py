@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class MedusaConfig:
     num_draft_tokens: int = 3
     tree: str = "none"
     tree_width: int = 4
-    rank_accuracies: tuple[float, ...] = (0.5, 0.15, 0.08, 0.05)
+    rank_accuracies: list[float] = field(default_factory=lambda: [0.5, 0.15, 0.08, 0.05])
     random_heads: int = 0
     random_draft_vocab: int = 8192
 

@@ -158,12 +158,12 @@ def together(*first: str) -> tuple[str, ...]:
 
 def needed_settings(techniques: Sequence[str], model: Path) -> list[str]:
     """Overrides without which a technique cannot be built: weights of its own."""
-    needed, techniques = [], with_requirements(techniques)
+    needed = []
     if "draft_model" in techniques:  # of all models, the one whose drafts hold
         needed.append(f"engine.drafter.model={model}")
-    if "eagle" in techniques:
+    if {"eagle", "eagle_tree"} & {*techniques}:
         needed.append(f"engine.drafter.head={eagle_head(model)}")
-    if "medusa" in techniques:
+    if {"medusa", "medusa_tree"} & {*techniques}:
         needed.append(f"engine.drafter.head={untrained_heads(model)}")
     return needed
 
