@@ -66,7 +66,14 @@ def plan_run(overrides: Sequence[str]) -> Plan:
     measured = [name for name in treatment.techniques if name not in supplied]
     if not measured:
         return Plan(treatment, None)
-    slots = {slot for name in measured for slot in treatment.techniques[name].slots}
+    # Options of what a required technique put there already are both rows', a trained head's folder
+    # for one.
+    slots = {
+        slot
+        for name in measured
+        for slot, option in treatment.techniques[name].slots.items()
+        if not any(markers[other].slots.get(slot) == option for other in supplied)
+    }
     kept = [text for text in rest if not _touches(text, slots) and not text.startswith("preset=")]
     base = compose_config([*kept, *_technique_override(list(supplied))])
     return Plan(treatment, base, supplied)
