@@ -97,6 +97,7 @@ ALIKE = (
     "eagle_tree",
     "layer_skip",
     "medusa",
+    "mtp",
     "rejection_sampling",
     "typical_acceptance",
     "synthetic_acceptance",
