@@ -112,7 +112,7 @@ def test_drafts_are_the_modules_in_every_step(kind: str, kv: str) -> None:
 def test_drafts_are_the_modules_behind_prepared_steps(kind: str, fusing: bool) -> None:
     """Also with norms and additions within the products, as the kernels for small steps do."""
     more = ["engine.linear._target_=tests.helpers.fusing.FusingLinear"] if fusing else []
-    texts = prompts(9, longest=30, seed=6)
+    texts = prompts(14, longest=24, seed=0)
     engine = engine_with(kind, *PAGED, *MIXED_PREPARED, *more)
     lengths = check_every_draft(engine, reference(kind))
     found = engine.generate(texts, greedy(len(texts)))
