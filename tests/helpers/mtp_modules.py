@@ -66,7 +66,8 @@ def module_tensors(base: Path, kind: str, index: int, seed: int) -> dict[str, to
     tensors = {prefix + name: tensor for name, tensor in found.items()}
     if layout_of(kind) == "deepseek":  # as published ones have, and nothing reads
         tensors[f"{prefix}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
-        tensors[f"{prefix}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+        tensors[f"{prefix}shared_head.head.weight"] = head.clone()
     return tensors
 
 

@@ -27,7 +27,7 @@ from tests.helpers.mtp_modules import (
     reference,
 )
 from tests.helpers.prepared import MIXED_PREPARED, MixedRunner
-from tests.helpers.tiny_models import hf_greedy, tiny_model
+from tests.helpers.tiny_models import FAMILIES, hf_greedy, tiny_model
 from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
@@ -172,6 +172,18 @@ def test_a_module_apart_from_its_target() -> None:
     lengths = check_every_draft(engine, Reference(model, tensors, "deepseek"))
     engine.generate(mixed_prompts(3), greedy(3))
     assert engine.counters()["drafter.failures"] == 0 and lengths.count(3) > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_module_with_the_layer_of_every_family(family: str) -> None:
+    model, texts = tiny_model(family), mixed_prompts(4, 4, longest=30)
+    engine = tiny_engine(*CHOSEN, f"engine.drafter.module={mtp_module(model)}", model=model)
+    found = engine.generate(texts, greedy(4))
+    assert [o.token_ids for o in found] == [
+        hf_greedy(model, ids, NEW - i) for i, ids in enumerate(texts)
+    ]
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0 and counts["verifier.accepted_tokens"] > 0
 
 
 def test_seeded_draws_are_those_without_it() -> None:
