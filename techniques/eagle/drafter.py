@@ -17,7 +17,7 @@ from techniques.draft_heads import (
     eagle3_layers,
     load_head,
 )
-from techniques.eagle.model import EagleModel
+from techniques.eagle.model import EagleModel, HeadModel
 from techniques.eagle.step import EagleStep
 from techniques.eagle.tree import TreeDrafting, TreeStart
 from workbench.core.errors import ConfigError, unknown_name
@@ -44,8 +44,8 @@ _KINDS = ("eagle", "eagle3")
 
 
 @dataclass(frozen=True, slots=True)
-class EagleConfig:
-    """Options of :class:`Eagle`.
+class HeadDrafterConfig:
+    """Options of every :class:`HeadDrafter`.
 
     Attributes
     ----------
@@ -57,6 +57,20 @@ class EagleConfig:
         Most drafts on a path of a tree.
     tree_width
         Nodes of a depth that the head runs, and tokens that may follow each of them.
+    """
+
+    num_draft_tokens: int = 5
+    tree: bool = False
+    tree_depth: int = 5
+    tree_width: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EagleConfig(HeadDrafterConfig):
+    """Options of :class:`Eagle`.
+
+    Attributes
+    ----------
     head
         Folder of a head in a published layout; not read with random weights.
     kind
@@ -65,10 +79,6 @@ class EagleConfig:
         With random weights, of ``eagle3``: ids that it can propose; 0: all of the target's.
     """
 
-    num_draft_tokens: int = 5
-    tree: bool = False
-    tree_depth: int = 5
-    tree_width: int = 4
     head: str | None = None
     kind: str = "eagle3"
     draft_vocab_size: int = 32000
@@ -97,30 +107,29 @@ class _Start:
     limit: int
 
 
-class Eagle(Drafter):
-    """One decoder layer that reads the target's hidden states and its own.
+class HeadDrafter(Drafter):
+    """One decoder layer that reads the target's hidden states and its own; which, is loaded by
+    those who derive from it.
 
     It keeps keys and values of its own layer for the tokens of every step of the target, in the
     same slots. So what requests share of a prefix they share of it too.
     """
 
-    Config = EagleConfig
-    config: EagleConfig
+    Config = HeadDrafterConfig
+    config: HeadDrafterConfig
 
-    def __init__(self, config: EagleConfig) -> None:
+    def __init__(self, config: HeadDrafterConfig) -> None:
         super().__init__(config)
         for name in ("num_draft_tokens", "tree_depth", "tree_width"):
             value = getattr(config, name)
             if value < 1:
                 raise ConfigError(f"engine.drafter.{name}={value} must be 1 or more.")
-        if config.kind not in _KINDS:
-            raise unknown_name("engine.drafter.kind", config.kind, _KINDS)
         self.num_lookahead_tokens = self.num_kv_lookahead = config.num_draft_tokens
         self.proposes_trees = config.tree
         if config.tree:
             num_run = (config.tree_depth - 1) * config.tree_width
             self.num_kv_lookahead = max(config.num_draft_tokens, num_run)
-        self._model: EagleModel | None = None
+        self._model: HeadModel | None = None
         self._runner: DraftRunner | None = None
         self._trees: TreeDrafting | None = None
         self._step: EagleStep | None = None
@@ -137,43 +146,13 @@ class Eagle(Drafter):
 
     # -- weights -----------------------------------------------------------------------------------
 
-    def load(self, host: DrafterHost) -> None:
-        target = Target(host.target)
-        if host.weights == "random":
-            spec, state = self._draw(target, host.seed)
-        else:
-            if self.config.head is None:
-                raise ConfigError(
-                    "engine.drafter.head names no trained head. Train one with `python -m "
-                    "workbench train_head kind=eagle3`, or name the folder of a published one "
-                    "for this model."
-                )
-            loaded = load_head(Path(self.config.head).expanduser(), target.spec)
-            check_target(loaded, target)
-            spec, state = loaded.spec, loaded.state
-            if spec.kind not in _KINDS:
-                raise ConfigError(
-                    f"the head in {self.config.head} is of kind {spec.kind}, and engine/drafter="
-                    f"eagle runs {' and '.join(_KINDS)}."
-                )
-        self._model = EagleModel(spec, state, host.target, expected_tokens=1)
-
-    def _draw(self, target: Target, seed: int) -> tuple[HeadSpec, dict[str, torch.Tensor]]:
-        """A random head of this kind for a target."""
-        spec = random_spec(target.spec, self.config.kind, self.config.draft_vocab_size)
-        lm_head = target.lm_head()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = EagleModule(spec, target.embedding(), lm_head)
-        return spec, dict(module.state_dict())
-
     @property
     def weight_bytes(self) -> int:
         return 0 if self._model is None else self._model.num_bytes
 
     def kv_shape(self) -> KVShape | None:
         model = self._model
-        return None if model is None else model.spec.layer.kv_shape(model.features_dtype)
+        return None if model is None else model.layer.kv_shape(model.features_dtype)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -199,7 +178,7 @@ class Eagle(Drafter):
         most, each = binding.table.padding_row, self.config.num_draft_tokens + 1
         tokens = max(most, each * graphs.largest_verify(parts.attention, each))
         self._of_prepared = torch.zeros(
-            tokens, model.spec.hidden_size, dtype=model.features_dtype, device=binding.table.device
+            tokens, model.layer.hidden_size, dtype=model.features_dtype, device=binding.table.device
         )
         size = min(graphs.largest_verify(attention, 1), most)
         if size and not self.config.tree:
@@ -413,6 +392,48 @@ class Eagle(Drafter):
         if self._runner is not None:
             self._passes_before = self._runner.num_passes
             self._tokens_before = self._runner.num_tokens
+
+
+class Eagle(HeadDrafter):
+    """Drafts by a head that was trained for its target."""
+
+    Config = EagleConfig
+    config: EagleConfig
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config)
+        if config.kind not in _KINDS:
+            raise unknown_name("engine.drafter.kind", config.kind, _KINDS)
+
+    def load(self, host: DrafterHost) -> None:
+        target = Target(host.target)
+        if host.weights == "random":
+            spec, state = self._draw(target, host.seed)
+        else:
+            if self.config.head is None:
+                raise ConfigError(
+                    "engine.drafter.head names no trained head. Train one with `python -m "
+                    "workbench train_head kind=eagle3`, or name the folder of a published one "
+                    "for this model."
+                )
+            loaded = load_head(Path(self.config.head).expanduser(), target.spec)
+            check_target(loaded, target)
+            spec, state = loaded.spec, loaded.state
+            if spec.kind not in _KINDS:
+                raise ConfigError(
+                    f"the head in {self.config.head} is of kind {spec.kind}, and engine/drafter="
+                    f"eagle runs {' and '.join(_KINDS)}."
+                )
+        self._model = EagleModel(spec, state, host.target, expected_tokens=1)
+
+    def _draw(self, target: Target, seed: int) -> tuple[HeadSpec, dict[str, torch.Tensor]]:
+        """A random head of this kind for a target."""
+        spec = random_spec(target.spec, self.config.kind, self.config.draft_vocab_size)
+        lm_head = target.lm_head()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = EagleModule(spec, target.embedding(), lm_head)
+        return spec, dict(module.state_dict())
 
 
 def random_spec(target: ModelSpec, kind: str, draft_vocab_size: int) -> HeadSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
@@ -10,17 +11,73 @@ import kernels
 from techniques.draft_heads import HeadSpec
 from workbench.core.step import ForwardBatch
 from workbench.models.decoder import Decoder
+from workbench.models.spec import ModelSpec
 from workbench.slots.attention import AttentionLayer, ForwardContext
 from workbench.slots.kv_pool import KVPool, RopeInputs
 from workbench.slots.linear import LinearLayer
 
 
-class EagleModel:
+class HeadModel(Protocol):
     """Runs a head over a flat batch of tokens.
 
     The token at position ``p`` of a batch stands for the pair of the hidden state behind token
     ``p`` and the token at ``p + 1``; what comes out guesses token ``p + 2``, and is the hidden
     state of the next pair.
+
+    Attributes
+    ----------
+    features : Tensor[T, H]
+        Hidden states of the next batch's pairs; set by every pass to what came out of it.
+    num_bytes
+        Of weights and tables of its own.
+    """
+
+    features: torch.Tensor
+    num_bytes: int
+
+    @property
+    def layer(self) -> ModelSpec:
+        """Its one layer, as a decoder."""
+
+    @property
+    def features_dtype(self) -> torch.dtype:
+        """Of its hidden states, keys and values."""
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that it can rotate."""
+
+    @property
+    def attention_layers(self) -> list[AttentionLayer]:
+        """Its one layer."""
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Hidden states of the target that it reads."""
+
+    def start(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Features ``[T, H]`` of pairs by the target's hidden states, by layer ``[T, H]``."""
+
+    def fill(self, batch: ForwardBatch, features: torch.Tensor, pool: KVPool) -> None:
+        """Write keys and values of a batch of pairs, and nothing else: what comes out of its layer
+        is wanted of the pair that is drafted from alone."""
+
+    def forward(self, batch: ForwardBatch, context: ForwardContext) -> torch.Tensor:
+        """Hidden states ``[T, H]``; ``batch.input_ids`` are the tokens one position on."""
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[L, V]`` over the target's ids; those that it cannot propose have none."""
+
+    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Likeliest token ``[L]`` int64 behind each of these hidden states ``[L, H]``."""
+
+    def top(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likeliest tokens behind hidden states ``[L, H]``, best first, int64 ``[L, count]``, and
+        their log-probabilities, float32."""
+
+
+class EagleModel:
+    """An EAGLE or EAGLE-3 head, as :class:`HeadModel`.
 
     Parameters
     ----------
@@ -28,11 +85,6 @@ class EagleModel:
         Weights under their published names.
     target
         Whose embeddings, and for EAGLE whose output layer, it uses.
-
-    Attributes
-    ----------
-    features : Tensor[T, H]
-        Hidden states of the next batch's pairs; set by every pass to what came out of it.
     """
 
     features: torch.Tensor
@@ -88,6 +140,11 @@ class EagleModel:
         table = rope.table(layer.max_position_embeddings, target.device)
         self.num_bytes += table.nbytes
         self._rope = RopeInputs(table, eps=layer.norm_eps)
+
+    @property
+    def layer(self) -> ModelSpec:
+        """Its one layer, as a decoder."""
+        return self.spec.layer
 
     @property
     def features_dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from techniques.eagle.model import EagleModel
+from techniques.eagle.model import HeadModel
 from workbench.engine.draft_runner import DraftRunner
 from workbench.engine.draft_step import DraftStep
 from workbench.engine.prepared_step import StepParts
@@ -28,11 +28,11 @@ class EagleStep(DraftStep):
         self,
         parts: StepParts,
         runner: DraftRunner,
-        model: EagleModel,
+        model: HeadModel,
         max_size: int,
         num_drafts: int,
     ) -> None:
-        width = model.spec.hidden_size
+        width = model.layer.hidden_size
         device = parts.table.device
         self.features = torch.zeros(max_size, width, dtype=model.features_dtype, device=device)
         self._model = model

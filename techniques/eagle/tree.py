@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from techniques.eagle.model import EagleModel
+from techniques.eagle.model import HeadModel
 from workbench.engine.draft_runner import DraftRunner
 from workbench.engine.trees import ROOT, select_tree
 from workbench.engine.upload import upload
@@ -95,7 +95,7 @@ class TreeDrafting:
         Nodes that are run at a depth, and tokens that follow each.
     """
 
-    def __init__(self, model: EagleModel, runner: DraftRunner, depth: int, width: int) -> None:
+    def __init__(self, model: HeadModel, runner: DraftRunner, depth: int, width: int) -> None:
         self._model, self._runner = model, runner
         self._depth, self._width = depth, width
 

@@ -32,6 +32,7 @@ TECHNIQUES = {
     "eagle tree": ("eagle", "eagle_tree"),
     "medusa": ("medusa",),
     "medusa tree": ("medusa", "medusa_tree"),
+    "mtp": ("mtp",),
 }
 GRAPHS = ("triton_attention", "cuda_graphs")
 NUM_REQUESTS, NUM_DRAFTS, VOCAB = 64, 4, 512
@@ -128,7 +129,7 @@ def outputs(*techniques: str) -> tuple[list[list[int]], dict[str, float]]:
 
 def check_models_draft_in_graphs() -> None:
     expected, _ = outputs(*GRAPHS)
-    for name in ("draft_model", "layer_skip", "eagle"):
+    for name in ("draft_model", "layer_skip", "eagle", "mtp"):
         found, counters = outputs(*GRAPHS, name)
         assert found == expected, name
         assert counters["drafter.failures"] == 0

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from tests.helpers.eagle_heads import eagle_head
 from tests.helpers.heads import untrained_heads
+from tests.helpers.mtp_modules import mtp_module
 from tests.helpers.tiny_models import tiny_model
 from workbench import configuration
 from workbench.assemble import SLOTS, Limits, build_config, build_engine, load_class
@@ -163,6 +164,8 @@ def needed_settings(techniques: Sequence[str], model: Path) -> list[str]:
         needed.append(f"engine.drafter.model={model}")
     if {"eagle", "eagle_tree"} & {*techniques}:
         needed.append(f"engine.drafter.head={eagle_head(model)}")
+    if "mtp" in techniques:
+        needed.append(f"engine.drafter.module={mtp_module(model)}")
     if {"medusa", "medusa_tree"} & {*techniques}:
         needed.append(f"engine.drafter.head={untrained_heads(model)}")
     return needed
@@ -192,7 +195,7 @@ def tiny_engine(
     # Random weights need no folder of heads; another model that drafts they do.
     needed = needed_settings(techniques, folder)
     if "weights=random" in overrides:
-        needed = [text for text in needed if "head=" not in text]
+        needed = [text for text in needed if "head=" not in text and "module=" not in text]
     composed = compose_config([f"model={folder}", "dtype=float32", *needed, *overrides, *chosen])
     limits = Limits(max_num_seqs, max_model_len, kv_pool_tokens)
     return build_engine(engine_config(composed, limits, download=False))

@@ -98,6 +98,7 @@ ALIKE = (
     "layer_skip",
     "medusa",
     "medusa_tree",
+    "mtp",
     "rejection_sampling",
     "typical_acceptance",
     "synthetic_acceptance",

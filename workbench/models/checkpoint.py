@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,8 @@ class Checkpoint:
         Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
     family
         Tells how names are to be read and which tensors are not for us.
+    passed_over
+        Beginnings of names, after renaming, of further tensors that are not.
 
     Raises
     ------
@@ -60,9 +63,12 @@ class Checkpoint:
         A file is missing, truncated or broken; it is named.
     """
 
-    def __init__(self, folder: Path, family: Family) -> None:
+    def __init__(
+        self, folder: Path, family: Family, passed_over: re.Pattern[str] | None = None
+    ) -> None:
         self.folder = folder
         self.ignored = family.ignored
+        self.passed_over = passed_over
         self._open_files: dict[Path, Any] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for stored, path in self._stored_names():
@@ -107,6 +113,11 @@ class Checkpoint:
                 ) from error
         return self._open_files[path]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors, after renaming."""
+        return frozenset(self._where)
+
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         path, stored = self._where[parameter.name]
         return tuple(self._open(path).get_slice(stored).get_shape())
@@ -128,7 +139,9 @@ class Checkpoint:
         unexpected = sorted(
             name
             for name in self._where.keys() - wanted - allowed
-            if not name.endswith(_HARMLESS) and not name.startswith(self.ignored or ("\0",))
+            if not name.endswith(_HARMLESS)
+            and not name.startswith(self.ignored or ("\0",))
+            and not (self.passed_over and self.passed_over.match(name))
         )
         if missing or unexpected:
             raise WorkbenchError(

@@ -68,6 +68,9 @@ class Family:
         Names that ``config.model_type`` may carry; the first belongs to the first architecture.
     to_spec
         From the text config to what differs from the defaults of :func:`_spec`.
+    config_type
+        Model type whose Transformers config reads this family's, where Transformers has none for
+        it.
     renames
         Prefixes of checkpoint names and what they are read as; the first that fits is used.
     ignored
@@ -78,6 +81,7 @@ class Family:
     model_types: tuple[str, ...]
     to_spec: Callable[[Any], dict[str, Any]]
     names: WeightNames = WeightNames()
+    config_type: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -184,6 +188,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(("LlamaForCausalLM",), ("llama",), _llama),
     Family(("MistralForCausalLM",), ("mistral",), _mistral),
     Family(("Qwen2ForCausalLM",), ("qwen2",), _qwen2),
+    # MiMo-7B (arXiv:2505.07608): a Qwen2 with a module behind it that predicts a further token.
+    Family(("MiMoForCausalLM",), ("mimo",), _qwen2, config_type="qwen2"),
     Family(("Qwen3ForCausalLM",), ("qwen3",), _qwen3),
     Family(
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
@@ -253,6 +259,7 @@ def config_from_dict(values: Mapping[str, Any]) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type not in family.model_types:
         model_type = family.model_types[family.architectures.index(architecture)]
+    model_type = family.config_type or model_type
     config_class = _config_class(model_type)
     try:
         config: PreTrainedConfig = config_class.from_dict({**values, "model_type": model_type})
@@ -379,6 +386,7 @@ def _common(config: Any, text: Any) -> dict[str, Any]:
         "bos_token_id": getattr(text, "bos_token_id", None),
         "eos_token_ids": _as_tuple(eos),
         "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        "num_prediction_layers": int(getattr(text, "num_nextn_predict_layers", None) or 0),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,17 @@ def _weight_source(
         raise WorkbenchError(
             "weights=checkpoint needs a model folder, but a config was given. Use weights=random."
         )
-    return Checkpoint(Path(source), family)
+    return Checkpoint(Path(source), family, _prediction_layers(spec, family.names))
+
+
+def _prediction_layers(spec: ModelSpec, names: WeightNames) -> re.Pattern[str] | None:
+    """Beginnings of the names of modules that predict further tokens: layers behind the decoder's
+    own (DeepSeek-V3), or a stack of layers of another name (MiMo). None where there are none."""
+    if not spec.num_prediction_layers:
+        return None
+    behind = range(spec.num_layers, spec.num_layers + spec.num_prediction_layers)
+    own = [re.escape(names.layer_prefix.format(index=index)) for index in behind]
+    return re.compile("|".join([*own, r"model\.\w+_layers\.\d+\."]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,10 @@ class ModelSpec:
         Standard deviation of random weights.
     dtype
         What the checkpoint was saved in, where the config says so.
+    num_prediction_layers
+        Modules behind the decoder that predict tokens further ahead (``num_nextn_predict_layers``;
+        DeepSeek-V3, arXiv:2412.19437, section 2.2). The checkpoint holds them, the decoder does
+        not run them.
     """
 
     architecture: str
@@ -80,6 +84,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
+    num_prediction_layers: int = 0
 
     # -- shape --------------------------------------------------------------------------------
 
