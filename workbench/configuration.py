@@ -30,7 +30,7 @@ _MARKER_KEYS = {
     "paper",
     "measure",
 }
-_OPTIONAL_KEYS = {"yields"}
+_OPTIONAL_KEYS = {"yields", "quality_bound"}
 _LOSSLESSNESS = ("exact", "distributional", "lossy")
 
 
@@ -56,6 +56,9 @@ class Marker:
     measure
         Groups (``workload``, ``load``) that show what the technique is for; they hold where
         neither the command line nor an experiment chooses.
+    quality_bound
+        Of a lossy technique: how much less likely, in nats a token on average, its greedy outputs
+        may be than the reference's choices; None where nothing is promised.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Marker:
     paper: str
     measure: dict[str, str]
     yields: tuple[str, ...] = ()
+    quality_bound: float | None = None
 
     def lacking(self, names: Sequence[str]) -> list[str]:
         """Techniques to add to ``names`` so that all that is required is there."""
@@ -89,6 +93,12 @@ class Marker:
             raise unknown_name(
                 f"losslessness of technique {name}", node["losslessness"], _LOSSLESSNESS
             )
+        bound = node.get("quality_bound")
+        if bound is not None and (node["losslessness"] != "lossy" or not bound > 0):
+            raise ConfigError(
+                f"technique {name} has quality_bound={bound}: it is a number of nats over 0, of a "
+                "technique with losslessness: lossy."
+            )
         for slot in node.get("yields", []):
             if slot not in node["slots"]:
                 raise unknown_name(f"slot that technique {name} yields", slot, node["slots"])
@@ -103,6 +113,7 @@ class Marker:
             paper=node["paper"],
             measure=dict(node["measure"]),
             yields=tuple(node.get("yields", [])),
+            quality_bound=None if bound is None else float(bound),
         )
 
 

@@ -11,6 +11,7 @@ from workbench.bench.gates import (
     check_errors,
     check_evidence,
     check_exact,
+    check_quality,
     must_be_equal,
 )
 
@@ -46,6 +47,46 @@ def test_wrong_short_long_and_missing_outputs_fail(
     assert (mismatch.request_id, mismatch.position) == ("a", position)
     assert (mismatch.expected, mismatch.got) == (expected, got)
     assert f"'a' position {position}" in result.message
+
+
+def test_lossy_outputs_are_held_to_their_bound() -> None:
+    """Of six tokens two lie 0.9 and 0.3 nats behind: 0.2 a token."""
+    other = {"a": (1, 2, 9, 7), "b": (5, 6)}
+    scored = margins(a=[0, 0, 0.9, 0.3])
+    result = check_quality(other, REFERENCE, bound=0.21, margin_fn=scored)
+    assert result.verdict == "lossy" and result.is_passed and not result.message
+    assert result.details == {
+        "excess_nats_per_token": pytest.approx(0.2),
+        "bound": 0.21,
+        "share_of_reference_choices": pytest.approx(4 / 6),
+        "num_differing": 1,
+    }
+    result = check_quality(other, REFERENCE, bound=0.19, margin_fn=scored)
+    assert result.verdict == "FAILED" and "0.2 nats a token" in result.message
+    assert "'a' position 2" in result.message and "bound of 0.19" in result.message
+    broken = margins(a=[0, 0, float("nan"), 0])
+    assert check_quality(other, REFERENCE, bound=9, margin_fn=broken).verdict == "FAILED"
+    equal = check_quality(REFERENCE, REFERENCE, bound=0.1, margin_fn=None)
+    assert equal.verdict == "lossy" and equal.details["excess_nats_per_token"] == 0
+
+
+def test_lossy_outputs_that_cannot_be_judged_pass_nothing() -> None:
+    other = {"a": (1, 2, 9, 4), "b": (5, 6)}
+    scored = margins(a=[0, 0, 0.1, 0])
+    for outputs, reference, bound, margin_fn, verdict, words in (
+        (other, REFERENCE, None, scored, "INVALID", "no bound is promised"),
+        (other, REFERENCE, 1.0, None, "INVALID", "bench.reference=hf"),
+        ({**other, "c": (1,)}, REFERENCE, 1.0, scored, "INVALID", "no output for request 'c'"),
+        ({}, {}, 1.0, scored, "INVALID", "no outputs at all"),
+        ({"b": (5, 6)}, REFERENCE, 1.0, scored, "FAILED", "brought 0 output tokens"),
+    ):
+        result = check_quality(outputs, reference, bound=bound, margin_fn=margin_fn)
+        assert result.verdict == verdict and words in result.message
+    short = {"a": (1, 2, 9), "b": (5, 6)}
+    kept = check_quality(short, REFERENCE, bound=1.0, margin_fn=margins(a=[0, 0, 0.1]))
+    assert kept.verdict == "lossy"  # it ended earlier, by its own choice
+    cut = check_quality(short, REFERENCE, bound=1.0, margin_fn=scored, fixed_length={"a"})
+    assert cut.verdict == "FAILED" and "brought 3 output tokens in place of 4" in cut.message
 
 
 def test_fp32_on_the_cpu_knows_no_ties() -> None:

@@ -50,7 +50,11 @@ class Bench:
         return make
 
     def variant(self, name: str, baseline: str | None = None, **options: Any) -> Variant:
-        own = {k: options.pop(k) for k in ("techniques", "losslessness", "kind") if k in options}
+        own = {
+            k: options.pop(k)
+            for k in ("techniques", "losslessness", "quality_bound", "kind")
+            if k in options
+        }
         return Variant(name, self.build(name=name, **options), baseline, **own)
 
     def run(self, *variants: Variant, **options: Any) -> list[VariantResult]:
@@ -319,6 +323,17 @@ def test_losslessness_classes_need_their_check(bench: Bench) -> None:
     (unchecked,) = bench.run(bench.variant("unchecked", losslessness="lossy"))
     assert unchecked.record.verdict == "INVALID"
     assert "'lossy'" in (unchecked.record.error or "")
+    share = len(wrong_tokens(REQUESTS[3])) / sum(len(expected_tokens(r)) for r in REQUESTS)
+    bounded = {"losslessness": "lossy", "quality_bound": 0.5 * share, "tokens": wrong_tokens}
+    for margin, verdict in ((0.4, "lossy"), (0.6, "FAILED")):
+
+        def margin_fn(_: str, ids: Sequence[int], margin: float = margin) -> Sequence[float]:
+            return [margin] * len(ids)
+
+        (judged,) = bench.run(bench.variant("bounded", **bounded), margin_fn=margin_fn)
+        assert judged.record.verdict == verdict
+        found = judged.record.gate["details"]["excess_nats_per_token"]
+        assert found == pytest.approx(margin * share)
 
 
 def test_a_kept_distribution_gives_greedy_requests_the_exact_tokens(bench: Bench) -> None:

@@ -189,5 +189,10 @@ def test_yielding_a_slot_that_is_not_filled_is_an_error() -> None:
         "summary": "s", "slots": {"drafter": "ngram"}, "yields": ["verifier"], "requires": [],
         "conflicts": [], "losslessness": "exact", "evidence": [], "paper": "p", "measure": {},
     }  # fmt: skip
+    lossy = {**node, "yields": [], "losslessness": "lossy", "quality_bound": 0.1}
+    assert Marker.parse("mine", lossy).quality_bound == 0.1
+    for wrong in ({"quality_bound": 0}, {"losslessness": "exact"}):
+        with pytest.raises(ConfigError, match="technique mine has quality_bound="):
+            Marker.parse("mine", {**lossy, **wrong})
     with pytest.raises(ConfigError, match="slot that technique mine yields 'verifier'"):
         Marker.parse("mine", node)

@@ -140,10 +140,9 @@ def check_exact(
     ``exact`` with the ties listed, ``FAILED`` with the mismatches, or ``INVALID`` where the
     reference lacks a request.
     """
-    lacking = sorted(set(outputs) - set(reference))
-    if lacking or not reference:
-        what = f"no output for request {lacking[0]!r}" if lacking else "no outputs at all"
-        return GateResult("INVALID", f"the reference has {what}, so nothing can be checked.")
+    lacking = _lacking(outputs, reference)
+    if lacking is not None:
+        return lacking
     ties_allowed = margin_fn is not None and not must_be_equal(dtype, device)
     mismatches: list[Mismatch] = []
     ties: list[Mismatch] = []
@@ -173,6 +172,15 @@ def check_exact(
         num_tokens=sum(len(tokens) for tokens in outputs.values()),
         epsilon=epsilon if ties_allowed else None,
     )
+
+
+def _lacking(outputs: Outputs, reference: Outputs) -> GateResult | None:
+    """``INVALID`` where there is nothing to compare some output with."""
+    lacking = sorted(set(outputs) - set(reference))
+    if not lacking and reference:
+        return None
+    what = f"no output for request {lacking[0]!r}" if lacking else "no outputs at all"
+    return GateResult("INVALID", f"the reference has {what}, so nothing can be checked.")
 
 
 def _at(request_id: str, position: int, expected: Sequence[int], got: Sequence[int]) -> Mismatch:
@@ -213,6 +221,93 @@ def _judge(
             ), False
     margin = float(margins[first.position])
     return Mismatch(first.request_id, first.position, first.expected, first.got, margin), True
+
+
+def check_quality(
+    outputs: Outputs,
+    reference: Outputs,
+    *,
+    bound: float | None,
+    margin_fn: MarginFn | None,
+    fixed_length: AbstractSet[str] = frozenset(),
+) -> GateResult:
+    """Hold greedy outputs that may differ from the reference's to a bound on how much.
+
+    Measured is the mean, over all output tokens, of how much less likely the reference finds a
+    token than its own choice after the same tokens, ``ln p(best) - ln p(given)``: excess nats a
+    token. The reference's own outputs have 0. One forward pass of the reference over prompt and
+    output tells (the normaliser cancels, so that it is a difference of logits).
+
+    Parameters
+    ----------
+    outputs, reference, margin_fn, fixed_length
+        As of :func:`check_exact`.
+    bound
+        In nats a token; None where none was promised, so that nothing can pass.
+
+    Returns
+    -------
+    ``lossy`` with what was measured among the details, ``FAILED`` over the bound or where an output
+    is not as long as it must be, or ``INVALID`` where nothing can be said.
+    """
+    lacking = _lacking(outputs, reference)
+    if lacking is not None:
+        return lacking
+    if bound is None:
+        return GateResult(
+            "INVALID",
+            "no bound is promised for its outputs (`quality_bound` of a technique with "
+            "losslessness 'lossy'), so they cannot be judged: its tokens are counted, not timed.",
+        )
+    found = {
+        request_id: _first_difference(request_id, expected, outputs.get(request_id, ()))
+        for request_id, expected in reference.items()
+    }
+    differing = tuple(mismatch for mismatch in found.values() if mismatch is not None)
+    for mismatch in differing:
+        name, num = mismatch.request_id, len(outputs.get(mismatch.request_id, ()))
+        wanted = len(reference[name])
+        if not num or (name in fixed_length and num != wanted):
+            message = f"request {name!r} brought {num} output tokens in place of {wanted}."
+            return GateResult("FAILED", message, (mismatch,), num_requests=len(reference))
+    if differing and margin_fn is None:
+        return GateResult(
+            "INVALID",
+            f"outputs differ from the reference ({differing[0]}), and no model is at hand to say "
+            "by how much: ask for bench.reference=hf or hf_scored.",
+        )
+    total, num_chosen, num_tokens = 0.0, 0, 0
+    for request_id, first in found.items():
+        given = outputs[request_id]
+        num_tokens += len(given)
+        if first is None:
+            num_chosen += len(given)
+            continue
+        assert margin_fn is not None
+        margins = margin_fn(request_id, given)
+        total += sum(margins)
+        num_chosen += sum(margin == 0 for margin in margins)
+    excess = total / num_tokens
+    is_within = excess <= bound  # a NaN is not
+    details = {
+        "excess_nats_per_token": excess,
+        "bound": bound,
+        "share_of_reference_choices": num_chosen / num_tokens,
+        "num_differing": len(differing),
+    }
+    message = ""
+    if not is_within:
+        message = (
+            f"outputs are {excess:.3g} nats a token less likely than the reference's choices, over "
+            f"the bound of {bound:g}; {differing[0]}."
+        )
+    return GateResult(
+        verdict="lossy" if is_within else "FAILED",
+        message=message,
+        num_requests=len(reference),
+        num_tokens=num_tokens,
+        details=details,
+    )
 
 
 def check_errors(errors: Mapping[str, str]) -> GateResult | None:

@@ -28,6 +28,7 @@ from workbench.bench.gates import (
     check_errors,
     check_evidence,
     check_exact,
+    check_quality,
 )
 from workbench.bench.hit_rate import achieved_hit_rate, check_hit_rate, check_use
 from workbench.bench.load import LoadGenerator
@@ -114,7 +115,7 @@ def run_bench(
         Margins of the reference, asked for where ties are allowed (see :func:`check_exact`).
     checks
         Gate by losslessness class, for those but ``exact``. Without one, ``distributional`` is held
-        to the exact tokens of greedy requests, and ``lossy`` is INVALID.
+        to the exact tokens of greedy requests, and ``lossy`` to the variant's quality bound.
     workload
         ``name``, ``digest`` and settings of the workload, for the record; a
         ``declared_hit_rate`` in it must be reached by every variant with a prefix cache.
@@ -412,6 +413,14 @@ class _Job:
             # The requests are greedy: their distribution is one token.
             is_weaker = gate.is_passed and lossless == "distributional"
             return replace(gate, verdict="distributional") if is_weaker else gate
+        if lossless == "lossy" and check is None:
+            return check_quality(
+                outputs,
+                self.reference,
+                bound=state.variant.quality_bound,
+                margin_fn=self.margin_fn,
+                fixed_length={r.request_id for r in self.requests if r.ignore_eos},
+            )
         if check is None:
             known = ", ".join(sorted({"exact", "distributional", *self.checks}))
             return GateResult(

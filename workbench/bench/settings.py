@@ -24,6 +24,9 @@ class Variant:
         ``exact``, ``distributional`` or ``lossy``: which gate its outputs must pass.
     techniques
         Marker by technique name; ``evidence`` lists the counters that must be above zero.
+    quality_bound
+        Of a lossy variant: mean excess nats a token (:func:`~workbench.bench.gates.check_quality`)
+        that its outputs may have; None where nothing was promised.
     kind
         ``baseline`` or ``engine``.
     has_prefix_cache
@@ -34,6 +37,7 @@ class Variant:
     build: Callable[[], Backend]
     baseline: str | None = None
     losslessness: str = "exact"
+    quality_bound: float | None = None
     techniques: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kind: Literal["baseline", "engine"] = "engine"
     resolved_config: Mapping[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Va
                 ),
                 baseline=rows[0][0] if index else None,
                 losslessness=weakest,
+                quality_bound=_quality_bound(composed.techniques.values()),
                 techniques={
                     m.name: {
                         "slots": m.slots,
@@ -167,6 +168,13 @@ def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Va
             )
         )
     return variants
+
+
+def _quality_bound(markers: Iterable[Marker]) -> float | None:
+    """What lossy techniques promise together; None where one of them promises nothing."""
+    bounds = [m.quality_bound for m in markers if m.losslessness == "lossy"]
+    known = [bound for bound in bounds if bound is not None]
+    return sum(known) if known and len(known) == len(bounds) else None
 
 
 def _same_but_components(
