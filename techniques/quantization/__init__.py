@@ -1,0 +1,10 @@
+"""Quantised weights: schemes, the quantisers that find their numbers, and what runs them."""
+
+from techniques.quantization.weights import (
+    QuantizedWeight,
+    WeightScheme,
+    encode,
+    find_grid,
+)
+
+__all__ = ["QuantizedWeight", "WeightScheme", "encode", "find_grid"]
