@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,32 @@ starts_interpreter = pytest.mark.skipif(
     is_interpreted() or HAS_GPU or not HAS_TRITON,
     reason="Triton is not installed, interprets already, or has a GPU to run on",
 )
+
+
+def _patch_language_once() -> None:
+    """Let the interpreter put its functions into ``triton.language`` once for each module.
+
+    It does so at every call between functions of a kernel, even of ``tl.sum``, by a look at each
+    member of the language: most of the time that a kernel takes. Nothing in this process needs the
+    language as it was, since all kernels are interpreted.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[str] = set()
+    keep = SimpleNamespace(restore=lambda: None)
+
+    def patch_once(fn: FunctionType) -> SimpleNamespace:
+        if fn.__module__ not in patched:
+            patch(fn)
+            patched.add(fn.__module__)
+        return keep
+
+    interpreter._patch_lang = patch_once
+
+
+if HAS_TRITON and is_interpreted():
+    _patch_language_once()
 
 
 def run_in_interpreter(file: str, *options: str) -> None:
