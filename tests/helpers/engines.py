@@ -7,6 +7,7 @@ engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -138,6 +139,8 @@ def why_not_here(technique: str) -> str | None:
         tiny_engine(techniques=with_requirements([technique]))
     except (UnsupportedError, ConfigError) as error:
         return str(error)
+    finally:
+        _spare_the_collector()
     return None
 
 
@@ -200,7 +203,16 @@ def tiny_engine(
 
 @functools.cache
 def _shared(overrides: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> Engine:
-    return tiny_engine(*overrides, **dict(settings))
+    engine = tiny_engine(*overrides, **dict(settings))
+    _spare_the_collector()
+    return engine
+
+
+def _spare_the_collector() -> None:
+    """What was built or imported stays: builds that follow, which collect garbage several times,
+    need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_engine(*overrides: str, **settings: Any) -> Engine:
