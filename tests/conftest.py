@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers.collector import spare_the_collector
 from workbench.bench import roofline
 
 torch.set_num_threads(1)
@@ -31,9 +33,16 @@ def pytest_collectstart() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap_collections() -> None:
-    """Collections look at what was made since the module's start."""
-    gc.collect()
-    gc.freeze()
+    """Collections look at what was made since the module's start, without what is imported."""
+    spare_the_collector()
+
+
+@pytest.fixture(autouse=True)
+def cheap_collections_after_imports(cheap_collections: None) -> Iterator[None]:
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) > before:
+        spare_the_collector()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,6 @@ engine = shared_engine("engine/kv_cache=paged", max_num_seqs=2)  # one a session
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tests.helpers.collector import spare_the_collector
 from tests.helpers.eagle_heads import eagle_head
 from tests.helpers.heads import untrained_heads
 from tests.helpers.tiny_models import tiny_model
@@ -140,7 +140,7 @@ def why_not_here(technique: str) -> str | None:
     except (UnsupportedError, ConfigError) as error:
         return str(error)
     finally:
-        _spare_the_collector()
+        spare_the_collector()
     return None
 
 
@@ -204,15 +204,8 @@ def tiny_engine(
 @functools.cache
 def _shared(overrides: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> Engine:
     engine = tiny_engine(*overrides, **dict(settings))
-    _spare_the_collector()
+    spare_the_collector()
     return engine
-
-
-def _spare_the_collector() -> None:
-    """What was built or imported stays: builds that follow, which collect garbage several times,
-    need not look through it."""
-    gc.collect()
-    gc.freeze()
 
 
 def shared_engine(*overrides: str, **settings: Any) -> Engine:
