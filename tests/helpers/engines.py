@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tests.helpers.collector import spare_the_collector
 from tests.helpers.eagle_heads import eagle_head
 from tests.helpers.heads import untrained_heads
 from tests.helpers.mtp_modules import mtp_module
@@ -139,6 +140,8 @@ def why_not_here(technique: str) -> str | None:
         tiny_engine(techniques=with_requirements([technique]))
     except (UnsupportedError, ConfigError) as error:
         return str(error)
+    finally:
+        spare_the_collector()
     return None
 
 
@@ -203,7 +206,9 @@ def tiny_engine(
 
 @functools.cache
 def _shared(overrides: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> Engine:
-    return tiny_engine(*overrides, **dict(settings))
+    engine = tiny_engine(*overrides, **dict(settings))
+    spare_the_collector()
+    return engine
 
 
 def shared_engine(*overrides: str, **settings: Any) -> Engine:
