@@ -1,5 +1,6 @@
 """Quantised weights: schemes, the quantisers that find their numbers, and what runs them."""
 
+from techniques.quantization.linear import WeightOnly, WeightOnlyConfig
 from techniques.quantization.weights import (
     QuantizedWeight,
     WeightScheme,
@@ -7,4 +8,11 @@ from techniques.quantization.weights import (
     find_grid,
 )
 
-__all__ = ["QuantizedWeight", "WeightScheme", "encode", "find_grid"]
+__all__ = [
+    "QuantizedWeight",
+    "WeightOnly",
+    "WeightOnlyConfig",
+    "WeightScheme",
+    "encode",
+    "find_grid",
+]

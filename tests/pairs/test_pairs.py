@@ -88,10 +88,13 @@ NEEDS_A_COMPILER = {"torch_compile"}
 
 #: Ways to speculate that meet the rest of the engine as another one does: chains looked up in the
 #: text as ``spec_decode``, trees as ``suffix_tree``, KV of drafts as ``draft_model``, hidden states
-#: as ``eagle``; and an attention backend that compiles for every shape, which meets the rest as the
-#: others do. Each runs with all that it may be combined with at once, instead of in pairs.
+#: as ``eagle``; an attention backend that compiles for every shape, which meets the rest as the
+#: others do; and weights that are rounded. Each runs with all that it may be combined with at once,
+#: instead of in pairs.
 ALIKE = (
     "flex_attention",
+    "int4_weights",
+    "int8_weights",
     "suffix_decoding",
     "lookahead_decoding",
     "eagle_tree",

@@ -50,6 +50,7 @@ _TINY_MODEL = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "eos_token_id": 1,
+    "num_nextn_predict_layers": 1,  # for the drafter that asks for one
 }
 
 

@@ -198,6 +198,7 @@ class _Loader:
             source.release()
         decoder.final_norm = self._vector(self.final_norm)
         source.release()
+        decoder.linear.finish_loading()
 
     # -- before anything is read --------------------------------------------------------------
 

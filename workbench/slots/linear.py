@@ -57,6 +57,9 @@ class LinearMethod(Component):
             Rows of a typical input, a hint for packing.
         """
 
+    def finish_loading(self) -> None:
+        """All layers of the model are there: raise :class:`ConfigError` where options fit none."""
+
     @abstractmethod
     def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
         """``x[T, in_features]`` to ``[T, out_features]``."""
