@@ -487,7 +487,7 @@ def _describe(
         "kv_host_bytes": runner.parts.host_pool.num_bytes,
         "block_size": pool.block_size,
         "cost": StepCost(
-            weight_bytes=spec.streamed_bytes(dtype),
+            weight_bytes=decoder.streamed_bytes,
             kv_bytes_per_token=type(pool).bytes_per_token(spec.kv_shape(dtype)),
             flops_per_token=spec.flops_per_token(0),
         ),

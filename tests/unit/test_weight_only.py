@@ -41,6 +41,19 @@ def test_counts_and_bytes(scheme: str) -> None:
     assert built.counters()["linear.quantized_calls"] > 0
 
 
+@pytest.mark.parametrize("scheme", [None, "w8", "w4g32"])
+def test_bytes_that_a_pass_reads(scheme: str | None) -> None:
+    """What the share of the bandwidth is counted from: weights as they lie in memory."""
+    built = tiny_engine() if scheme is None else engine(f"scheme={scheme}")
+    spec, cost = spec_of(built), built.parts.info["cost"]
+    small = 4 * spec.num_small_parameters
+    count = spec.num_linear_parameters + spec.vocab_size * spec.hidden_size
+    if scheme is None:
+        assert cost.weight_bytes == 4 * count + small
+    else:
+        assert cost.weight_bytes == built.counters()["linear.packed_bytes"] + small
+
+
 def test_exceptions_by_pattern() -> None:
     built = engine("scheme=w4g32", "layers=['lm_head:dense','layers.0.*:w8','*.down_proj:dense']")
     counts, num_layers = built.counters(), spec_of(built).num_layers

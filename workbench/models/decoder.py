@@ -314,6 +314,18 @@ class Decoder:
         return sum(seen.values())
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights that one forward pass reads, however many tokens it runs, as they lie in
+        memory; of the embedding a pass reads as many rows as it has tokens, which are left out."""
+        seen: dict[int, int] = {}
+        for layer in self.layers:
+            for value in vars(layer).values():
+                _collect_bytes(value, seen)
+        for value in (self.final_norm, self.lm_head):
+            _collect_bytes(value, seen)
+        return sum(seen.values())
+
+    @property
     def rope_bytes(self) -> int:
         """Bytes of the rotary tables."""
         tables = {id(layer.rope.cos_sin): layer.rope.cos_sin for layer in self.layers}

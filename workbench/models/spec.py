@@ -161,16 +161,6 @@ class ModelSpec:
         positions = self.max_position_embeddings if num_positions is None else num_positions
         return sum(rope.table_bytes(positions) for rope in {layer.rope for layer in self.layers})
 
-    def streamed_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of weights that one forward pass must read, however many tokens it runs.
-
-        Embedding rows are left out: a pass reads as many as it has tokens.
-        """
-        count = (
-            self.num_linear_parameters + self.num_small_parameters + self.num_embedding_parameters
-        )
-        return count * dtype.itemsize
-
     def flops_per_token(self, context: int, *, with_logits: bool = True) -> int:
         """Operations (a multiply-add is two) in the matrix products of one token.
 
