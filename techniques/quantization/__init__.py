@@ -1,6 +1,7 @@
 """Quantised weights: schemes, the quantisers that find their numbers, and what runs them."""
 
 from techniques.quantization.linear import WeightOnly, WeightOnlyConfig
+from techniques.quantization.packed_linear import CompressedTensors
 from techniques.quantization.weights import (
     QuantizedWeight,
     WeightScheme,
@@ -9,6 +10,7 @@ from techniques.quantization.weights import (
 )
 
 __all__ = [
+    "CompressedTensors",
     "QuantizedWeight",
     "WeightOnly",
     "WeightOnlyConfig",

@@ -87,6 +87,8 @@ def load_model(
     device = torch.device(device)
     positions = _num_positions(spec, max_model_len)
     _check_parallel(parallel)
+    quantization = getattr(config, "quantization_config", None)
+    linear.read_checkpoint(None if weights == "random" else quantization)
     parts: dict[str, Any] = {
         "linear": linear,
         "ops": ops,
@@ -217,6 +219,8 @@ class _Loader:
             # Only the method knows what its checkpoints hold; on "meta" asking costs no memory.
             self._create(linear, torch.device("meta"))
             expected += [f"{shard}.{part}" for shard, _ in linear.shards for part in linear.params]
+            unread = self.decoder.linear.unread_suffixes
+            optional += [f"{shard}.{part}" for shard, _ in linear.shards for part in unread]
         self.source.check_names(expected, optional)
         wrong = [self._wrong_shape(p) for p in plain if self.source.shape(p) != p.shape]
         for linear in linears:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import kernels
+from workbench.core.errors import UnsupportedError
 from workbench.slots.component import Component
 
 
@@ -42,6 +44,25 @@ class LinearMethod(Component):
 
     #: Bound on the relative error of the layer's output that the scheme declares; 0 is exact.
     error_bound: float = 0.0
+    #: Of a checkpoint's layer, tensors that the method can do without.
+    unread_suffixes: tuple[str, ...] = ()
+
+    def read_checkpoint(self, quantization: Mapping[str, Any] | None) -> None:
+        """Learn how the checkpoint's weights are quantised, from its ``quantization_config``; None:
+        they are not, or random ones are drawn. Called before any layer is created.
+
+        Raises
+        ------
+        UnsupportedError
+            The method cannot read them.
+        """
+        if quantization is not None:
+            raise UnsupportedError(
+                f"the checkpoint is quantised ({quantization.get('quant_method')!r} in its "
+                f"config.json), and engine/linear holds {type(self).__name__}, which reads weights "
+                "as they were trained. Choose engine/linear=compressed_tensors for checkpoints of "
+                "that method, or a checkpoint that is not quantised."
+            )
 
     @abstractmethod
     def create_weights(self, layer: LinearLayer, dtype: torch.dtype, device: torch.device) -> None:
