@@ -1,0 +1,387 @@
+"""Quantisers against round to nearest and the best there is, and the pipeline over tiny models."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from techniques.quantization import QuantizedWeight, WeightScheme, encode, find_grid
+from techniques.quantization.quantizers import (
+    AWQ,
+    GPTQ,
+    RTN,
+    AWQOptions,
+    GPTQOptions,
+    InputStatistics,
+    PipelineOptions,
+    PlainLinear,
+    QuantizedModel,
+    Quantizer,
+    RTNOptions,
+    quantize_decoder,
+)
+from techniques.quantization.quantizers.base import output_error
+from techniques.quantization.quantizers.folding import fold_scales, folds_of
+from tests.helpers.tiny_models import tiny_model
+from workbench.core.errors import ConfigError, UnsupportedError, WorkbenchError
+from workbench.models.decoder import Decoder
+from workbench.models.loader import load_model
+from workbench.models.whole_texts import WholeTextAttention, whole_text_batch
+from workbench.slots.attention import ForwardContext
+from workbench.slots.kv_pool import ModelDtypePool
+
+W4G32 = WeightScheme(4, 32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs with few directions that matter and sizes that differ, as in trained models."""
+    mixed = drawn(rows, width // 4, seed=seed) @ drawn(width // 4, width, seed=seed + 1)
+    sizes = torch.logspace(-0.7, 0.7, width)[
+        torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    ]
+    return (mixed / width**0.5 + 0.3 * drawn(rows, width, seed=seed + 2)) * sizes
+
+
+def statistics(x: Tensor, **options: Any) -> InputStatistics:
+    found = InputStatistics("layer", x.shape[1], num_rows=len(x), **options)
+    found.add(x)
+    return found
+
+
+def error_of(found: QuantizedWeight, weight: Tensor, x: Tensor) -> float:
+    return output_error(weight, found.dequantize(), x)
+
+
+# -- statistics -------------------------------------------------------------------------------
+
+
+def test_statistics_do_not_depend_on_batches() -> None:
+    x = drawn(100, 8)
+    whole, parts = statistics(x), InputStatistics("layer", 8, num_rows=100)
+    few = InputStatistics("layer", 8, num_rows=10), InputStatistics("layer", 8, num_rows=10)
+    for part in x.split(17):
+        parts.add(part)
+        few[0].add(part)
+    few[1].add(x)
+    assert parts.num_tokens == 100 and torch.equal(parts.rows, x)
+    torch.testing.assert_close(parts.hessian, whole.hessian)
+    torch.testing.assert_close(whole.hessian, (x.double().T @ x.double()) / 100)
+    torch.testing.assert_close(parts.mean_abs, x.abs().mean(0))
+    assert torch.equal(few[0].rows, few[1].rows) and len(few[0].rows) == 10
+    factors = drawn(8).exp()
+    scaled, again = whole.scaled(factors), statistics(x / factors)
+    for name in ("hessian", "mean_abs", "rows"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite(broken: float) -> None:
+    found, x = InputStatistics("layers.3.o_proj", 8), drawn(6, 8)
+    found.add(x)
+    x[4, 1] = broken
+    with pytest.raises(WorkbenchError, match=r"layers\.3\.o_proj is not finite \(token 10 "):
+        found.add(x)
+
+
+# -- each by itself ---------------------------------------------------------------------------
+
+
+def test_round_to_nearest_and_its_clip() -> None:
+    weight = drawn(16, 128)
+    weight[:, 5] *= 6  # an outlier a group is worth clipping
+    plain = RTN().quantize(weight, W4G32, None)
+    assert torch.equal(plain.codes, encode(weight, W4G32, *find_grid(weight, W4G32)).codes)
+    clipped = RTN(RTNOptions(clip_steps=20)).quantize(weight, W4G32, None)
+
+    def errors(found: QuantizedWeight) -> Tensor:
+        return (found.dequantize() - weight).square().view(16, 4, 32).sum(2)
+
+    assert (errors(clipped) <= errors(plain)).all()
+    assert errors(clipped).sum() < 0.9 * errors(plain).sum()
+    with pytest.raises(ConfigError, match="clip search of 0 steps"):
+        RTN(RTNOptions(clip_steps=0)).quantize(weight, W4G32, None)
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g32z", "w4", "w8g64"])
+def test_gptq_without_correlation_is_round_to_nearest(name: str) -> None:
+    scheme, weight = WeightScheme.parse(name), drawn(24, 128) + 0.1
+    inputs = statistics(torch.eye(128) * 128**0.5)
+    for options in ({}, {"act_order": True, "static_groups": True}, {"block_size": 24}):
+        found = GPTQ(GPTQOptions(**options)).quantize(weight, scheme, inputs)
+        wanted = RTN().quantize(weight, scheme, None)
+        assert torch.equal(found.codes, wanted.codes)
+        assert torch.equal(found.scales, wanted.scales)
+        assert found.group_index is None
+        if wanted.zeros is not None:
+            assert found.zeros is not None and torch.equal(found.zeros, wanted.zeros)
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g32z", "w4", "w4g128"])
+def test_gptq_has_less_output_error_than_round_to_nearest(name: str) -> None:
+    """On text that it has not seen, by at least a third, and with act-order no more."""
+    scheme, weight = WeightScheme.parse(name), drawn(48, 256, seed=5) / 16
+    x = correlated(3000, 256)
+    seen, unseen = x[:2000], x[2000:]
+    inputs = statistics(seen)
+    rtn = error_of(RTN().quantize(weight, scheme, None), weight, unseen)
+    errors = {
+        (order, static): error_of(
+            GPTQ(GPTQOptions(act_order=order, static_groups=static)).quantize(
+                weight, scheme, inputs
+            ),
+            weight,
+            unseen,
+        )
+        for order, static in itertools.product((False, True), repeat=2)
+    }
+    print(name, rtn, errors)
+    assert all(error < 0.67 * rtn for error in errors.values())
+    assert errors[True, False] <= errors[False, False]
+    assert errors[True, True] <= errors[False, True]
+
+
+def slow_gptq(weight: Tensor, scheme: WeightScheme, inputs: InputStatistics) -> QuantizedWeight:
+    """Straight from the paper's section 3: after each column, all columns that are left are
+    corrected, and the inverse Hessian loses the column's row by Gaussian elimination."""
+    w, hessian = weight.double(), inputs.hessian
+    inverse = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))).inverse()
+    size = scheme.group_size
+    codes, scales, zeros = torch.zeros_like(weight, dtype=torch.int16), [], []
+    for j in range(weight.shape[1]):
+        if j % size == 0:
+            scale, zero = find_grid(
+                w[:, j : j + size].float(), WeightScheme(4, 0, scheme.has_zeros)
+            )
+            scales.append(scale)
+            zeros.append(torch.zeros(len(w), 1, dtype=torch.int16) if zero is None else zero)
+        value = w[:, j : j + 1].float()
+        one = encode(
+            value, scheme_of_one(scheme), scales[-1], zeros[-1] if zero is not None else None
+        )
+        codes[:, j : j + 1] = one.codes
+        error = (value - one.dequantize()).double()[:, 0] / inverse[j, j]
+        w = w - torch.outer(error, inverse[j])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    has = scheme.has_zeros
+    return QuantizedWeight(
+        scheme, codes, torch.cat(scales, 1), torch.cat(zeros, 1) if has else None
+    )
+
+
+def scheme_of_one(scheme: WeightScheme) -> WeightScheme:
+    return WeightScheme(scheme.bits, 0, scheme.has_zeros)
+
+
+@pytest.mark.parametrize("block_size", [128, 32, 24, 7, 1])
+@pytest.mark.parametrize("name", ["w4g32", "w4g64z"])
+def test_gptq_s_blocks_change_nothing(name: str, block_size: int) -> None:
+    """Also groups that lie across blocks begin from weights with every correction."""
+    scheme, weight = WeightScheme.parse(name), drawn(16, 128, seed=3)
+    inputs = statistics(correlated(500, 128))
+    wanted = slow_gptq(weight, scheme, inputs)
+    found = GPTQ(GPTQOptions(block_size=block_size)).quantize(weight, scheme, inputs)
+    assert (found.codes != wanted.codes).float().mean() < 0.005  # a tie may fall the other way
+    torch.testing.assert_close(found.scales[:, 0], wanted.scales[:, 0])
+    assert ((found.scales / wanted.scales - 1).abs() > 1e-3).float().mean() < 0.05
+
+
+def test_gptq_in_another_order_says_which_group_an_input_has() -> None:
+    scheme, weight, x = W4G32, drawn(8, 128), correlated(500, 128)
+    found = GPTQ(GPTQOptions(act_order=True)).quantize(weight, scheme, statistics(x))
+    assert found.group_index is not None and found.group_index.dtype == torch.int32
+    assert found.group_index.bincount().tolist() == [32] * 4
+    largest = x.square().sum(0).argsort(descending=True)
+    assert (found.group_index[largest[:32]] == 0).all()
+    assert (found.group_index[largest[-32:]] == 3).all()
+
+
+def test_gptq_s_dead_inputs() -> None:
+    """Their weights are rounded to nearest and move nothing else."""
+    weight, x = drawn(8, 64), correlated(300, 64)
+    x[:, 10] = 0
+    scheme = WeightScheme(8, 0)
+    found = GPTQ().quantize(weight, scheme, statistics(x))
+    rtn = RTN().quantize(weight, scheme, None)
+    assert torch.equal(found.codes[:, 10], rtn.codes[:, 10])
+    other = weight.clone()
+    other[:, 10] *= 0.5
+    again = GPTQ().quantize(other, scheme, statistics(x))
+    same_grid = (again.scales == found.scales).all(1)
+    live = [i for i in range(64) if i != 10]
+    assert same_grid.any()
+    assert torch.equal(again.codes[same_grid][:, live], found.codes[same_grid][:, live])
+
+
+def test_gptq_refuses() -> None:
+    weight, x = drawn(4, 64), drawn(3, 64)  # three inputs cannot tell 64 weights apart
+    with pytest.raises(WorkbenchError, match=r"q: the Hessian .* damp=0"):
+        GPTQ(GPTQOptions(damp=0.0)).quantize(weight, W4G32, statistics(x * 0 + 1), "q")
+    with pytest.raises(ConfigError, match="needs calibration"):
+        GPTQ().quantize(weight, W4G32, None, "q")
+    with pytest.raises(ConfigError, match="outer products"):
+        GPTQ().quantize(weight, W4G32, statistics(x, keep_hessian=False), "q")
+    for wrong in ({"damp": -0.1}, {"damp": float("nan")}, {"block_size": 0}):
+        with pytest.raises(ConfigError, match="must be"):
+            GPTQOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "factor"),
+    [(RTN(), 5.0), (GPTQ(), 2.0), (GPTQ(GPTQOptions(act_order=True)), 2.0)],
+    ids=["rtn", "gptq", "act_order"],
+)
+def test_against_every_choice_of_codes(quantizer: Quantizer, factor: float) -> None:
+    """Of one output of four inputs, on the quantiser's own grid; the median of 20 weights."""
+    ratios = []
+    every = torch.tensor(list(itertools.product(range(-8, 8), repeat=4))).float()
+    for seed in range(20):
+        weight, x = drawn(1, 4, seed=seed), correlated(64, 4, seed=seed + 100)
+        scheme = WeightScheme(4, 0)
+        found = quantizer.quantize(weight, scheme, statistics(x))
+        deltas = every * found.scales - weight
+        best = (deltas @ statistics(x).hessian.float() * deltas).sum(1).min().sqrt()
+        own = ((found.dequantize() - weight) @ x.T).norm() / 64**0.5
+        assert own >= best * 0.999
+        ratios.append(float(own / best))
+    print(sorted(ratios))
+    assert sorted(ratios)[10] < factor
+
+
+# -- AWQ --------------------------------------------------------------------------------------
+
+
+def with_outliers(rows: int, width: int) -> Tensor:
+    x = drawn(rows, width, seed=8)
+    x[:, ::17] *= 20
+    return x
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g32z", "w4"])
+def test_awq_saves_the_weights_of_large_inputs(name: str) -> None:
+    scheme, weights = WeightScheme.parse(name), [drawn(32, 128), drawn(16, 128, seed=1)]
+    x = with_outliers(400, 128)
+    awq, inputs = AWQ(), statistics(x[:200])
+    scales = awq.find_scales(weights, scheme, inputs)
+    assert scales is not None and scales[::17].min() > scales[1]
+    for weight in weights:
+        found = awq.quantize(weight * scales, scheme, inputs.scaled(scales))
+        error = error_of(found, weight * scales, x[200:] / scales)
+        rtn = error_of(RTN().quantize(weight, scheme, None), weight, x[200:])
+        print(name, rtn, error)
+        assert error < 0.75 * rtn
+
+
+def test_awq_never_scales_to_its_harm() -> None:
+    """On the inputs that it searches on: the exponent 0 is among the candidates."""
+    weight, inputs = drawn(32, 128), statistics(drawn(300, 128))
+    for steps in (1, 20):
+        awq = AWQ(AWQOptions(alpha_steps=steps, clip_steps=1))
+        scales = awq.find_scales([weight], W4G32, inputs)
+        assert scales is not None
+        found = awq.quantize(weight * scales, W4G32, inputs.scaled(scales))
+        error = error_of(found, weight * scales, inputs.rows / scales)
+        rtn = error_of(RTN().quantize(weight, W4G32, None), weight, inputs.rows)
+        assert error <= rtn * 1.0001
+        assert steps > 1 or (scales == 1).all()
+
+
+def test_awq_clips_by_the_output_and_not_where_it_is_told_not_to() -> None:
+    weight, inputs = drawn(32, 128), statistics(correlated(300, 128))
+    plain = RTN().quantize(weight, W4G32, None)
+    clipped = AWQ().quantize(weight, W4G32, inputs, "layers.0.v_proj")
+    assert (clipped.scales <= plain.scales).all() and (clipped.scales < plain.scales).any()
+
+    def group_error(found: QuantizedWeight) -> Tensor:
+        delta = (weight - found.dequantize()).view(32, 4, 32)
+        return torch.einsum("sgi,ngi->ngs", inputs.rows.view(-1, 4, 32), delta).square().sum(2)
+
+    assert (group_error(clipped) <= group_error(plain) * 1.0001).all()
+    kept = AWQ().quantize(weight, W4G32, inputs, "layers.0.q_proj")
+    assert torch.equal(kept.scales, plain.scales)
+    with pytest.raises(ConfigError, match="needs a sample"):
+        AWQ().quantize(weight, W4G32, InputStatistics("q", 128))
+    with pytest.raises(ConfigError, match="alpha_steps=0"):
+        AWQOptions(alpha_steps=0)
+
+
+# -- over a model -----------------------------------------------------------------------------
+
+
+def loaded(family: str = "llama", **overrides: Any) -> Decoder:
+    return load_model(
+        tiny_model(family, **overrides),
+        linear=PlainLinear(),
+        dtype=torch.float32,
+        device="cpu",
+    )
+
+
+def some_texts(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(4, 128, (20 + 7 * i % 50,), generator=generator).tolist()
+        for i in range(count)
+    ]
+
+
+TEXTS, UNSEEN = some_texts(24), some_texts(8, seed=9)
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
+    """``[T, V]`` of whole texts, by the decoder's own forward pass."""
+    longest = max(map(len, texts))
+    batch = whole_text_batch(texts, longest, decoder.device)
+    pool = ModelDtypePool(
+        shape=decoder.spec.kv_shape(decoder.dtype),
+        num_blocks=len(texts),
+        block_size=longest,
+        device=decoder.device,
+    )
+    attention = WholeTextAttention()
+    context = ForwardContext(batch, attention, attention.build_metadata(batch), pool)
+    return decoder.compute_logits(decoder.forward(batch, context)).float()
+
+
+def divergence(decoder: Decoder, original: Tensor) -> float:
+    """Mean KL of the original's next tokens from the decoder's, in nats."""
+    found = logits(decoder, UNSEEN).log_softmax(1)
+    wanted = original.log_softmax(1)
+    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+
+
+def test_kl_of_a_model_orders_the_quantisers() -> None:
+    original = logits(loaded(), UNSEEN)
+    found: dict[str, float] = {}
+    for name, quantizer in {
+        "rtn": RTN(),
+        "clipped": RTN(RTNOptions(clip_steps=10)),
+        "gptq": GPTQ(),
+        "act_order": GPTQ(GPTQOptions(act_order=True)),
+        "awq": AWQ(),
+    }.items():
+        decoder = loaded()
+        result = quantize_decoder(decoder, quantizer, W4G32, TEXTS)
+        found[name] = divergence(decoder, original)
+        for shard, weight in result.weights.items():  # what the decoder runs is what was found
+            assert weight.codes.dtype == torch.int16, shard
+    print(found)
+    assert found["gptq"] < 0.8 * found["rtn"]
+    assert found["act_order"] < 0.8 * found["rtn"]
+    assert found["awq"] < found["rtn"]
