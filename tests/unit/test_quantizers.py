@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import statistics as statistics_
 import time
 import weakref
 from collections.abc import Sequence
@@ -23,7 +25,6 @@ from techniques.quantization.quantizers import (
     PipelineOptions,
     PlainLinear,
     QuantizedModel,
-    Quantizer,
     RTNOptions,
     quantize_decoder,
 )
@@ -36,6 +37,7 @@ from workbench.models.loader import load_model
 from workbench.models.whole_texts import WholeTextAttention, whole_text_batch
 from workbench.slots.attention import ForwardContext
 from workbench.slots.kv_pool import ModelDtypePool
+from workbench.slots.linear import DenseLinear
 
 W4G32 = WeightScheme(4, 32)
 
@@ -55,7 +57,7 @@ def correlated(rows: int, width: int, seed: int = 0) -> Tensor:
     sizes = torch.logspace(-0.7, 0.7, width)[
         torch.randperm(width, generator=torch.Generator().manual_seed(seed))
     ]
-    return (mixed / width**0.5 + 0.3 * drawn(rows, width, seed=seed + 2)) * sizes
+    return (mixed / width**0.5 + 0.15 * drawn(rows, width, seed=seed + 2)) * sizes
 
 
 def statistics(x: Tensor, **options: Any) -> InputStatistics:
@@ -80,14 +82,16 @@ def test_statistics_do_not_depend_on_batches() -> None:
         few[0].add(part)
     few[1].add(x)
     assert parts.num_tokens == 100 and torch.equal(parts.rows, x)
-    torch.testing.assert_close(parts.hessian, whole.hessian)
-    torch.testing.assert_close(whole.hessian, (x.double().T @ x.double()) / 100)
+    for found in (parts, whole):
+        wanted = (x.double().T @ x.double()) / 100
+        torch.testing.assert_close(found.hessian, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts.mean_abs, x.abs().mean(0))
     assert torch.equal(few[0].rows, few[1].rows) and len(few[0].rows) == 10
     factors = drawn(8).exp()
     scaled, again = whole.scaled(factors), statistics(x / factors)
     for name in ("hessian", "mean_abs", "rows"):
-        torch.testing.assert_close(getattr(scaled, name), getattr(again, name))
+        pair = getattr(scaled, name), getattr(again, name)
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -134,7 +138,7 @@ def test_gptq_without_correlation_is_round_to_nearest(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["w4g32", "w4g32z", "w4", "w4g128"])
 def test_gptq_has_less_output_error_than_round_to_nearest(name: str) -> None:
-    """On text that it has not seen, by at least a third, and with act-order no more."""
+    """On text that it has not seen, by a quarter at least, with act-order by two fifths."""
     scheme, weight = WeightScheme.parse(name), drawn(48, 256, seed=5) / 16
     x = correlated(3000, 256)
     seen, unseen = x[:2000], x[2000:]
@@ -150,8 +154,8 @@ def test_gptq_has_less_output_error_than_round_to_nearest(name: str) -> None:
         )
         for order, static in itertools.product((False, True), repeat=2)
     }
-    print(name, rtn, errors)
-    assert all(error < 0.67 * rtn for error in errors.values())
+    for (act_order, _), error in errors.items():
+        assert error < (0.6 if act_order else 0.75) * rtn
     assert errors[True, False] <= errors[False, False]
     assert errors[True, True] <= errors[False, True]
 
@@ -241,26 +245,30 @@ def test_gptq_refuses() -> None:
             GPTQOptions(**wrong)
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "factor"),
-    [(RTN(), 5.0), (GPTQ(), 2.0), (GPTQ(GPTQOptions(act_order=True)), 2.0)],
-    ids=["rtn", "gptq", "act_order"],
-)
-def test_against_every_choice_of_codes(quantizer: Quantizer, factor: float) -> None:
-    """Of one output of four inputs, on the quantiser's own grid; the median of 20 weights."""
-    ratios = []
+def test_against_every_choice_of_codes() -> None:
+    """Of one output of four inputs, on the quantiser's own grid, over 60 weights."""
+    scheme = WeightScheme(4, 0)
     every = torch.tensor(list(itertools.product(range(-8, 8), repeat=4))).float()
-    for seed in range(20):
+    quantizers = {"rtn": RTN(), "gptq": GPTQ(), "order": GPTQ(GPTQOptions(act_order=True))}
+    quantizers["awq"] = AWQ(AWQOptions(clip_steps=1))
+    ratios: dict[str, list[float]] = {name: [] for name in quantizers}
+    for seed in range(60):
         weight, x = drawn(1, 4, seed=seed), correlated(64, 4, seed=seed + 100)
-        scheme = WeightScheme(4, 0)
-        found = quantizer.quantize(weight, scheme, statistics(x))
+        for name, quantizer in quantizers.items():
+            found = quantizer.quantize(weight, scheme, statistics(x))
+            hessian = statistics(x).hessian
+            deltas = torch.cat([every * found.scales, found.dequantize()]) - weight
+            errors = (deltas.double() @ hessian * deltas).sum(1).sqrt()
+            ratios[name].append(float(errors[-1] / errors[:-1].min()))
+        # Without correlation the nearest codes are the best ones.
         deltas = every * found.scales - weight
-        best = (deltas @ statistics(x).hessian.float() * deltas).sum(1).min().sqrt()
-        own = ((found.dequantize() - weight) @ x.T).norm() / 64**0.5
-        assert own >= best * 0.999
-        ratios.append(float(own / best))
-    print(sorted(ratios))
-    assert sorted(ratios)[10] < factor
+        nearest = RTN().quantize(weight, scheme, None).codes[0]
+        assert torch.equal(every[deltas.square().sum(1).argmin()].short(), nearest)
+    assert all(ratio > 0.999 for each in ratios.values() for ratio in each)
+    median = {name: statistics_.median(each) for name, each in ratios.items()}
+    assert median["order"] < median["gptq"] < 1.2 < 1.3 < median["rtn"] < 1.6
+    assert median["order"] < 1.1
+    assert ratios["awq"] == ratios["rtn"]  # what AWQ adds is scales, and here are none
 
 
 # -- AWQ --------------------------------------------------------------------------------------
@@ -283,7 +291,6 @@ def test_awq_saves_the_weights_of_large_inputs(name: str) -> None:
         found = awq.quantize(weight * scales, scheme, inputs.scaled(scales))
         error = error_of(found, weight * scales, x[200:] / scales)
         rtn = error_of(RTN().quantize(weight, scheme, None), weight, x[200:])
-        print(name, rtn, error)
         assert error < 0.75 * rtn
 
 
@@ -381,7 +388,235 @@ def test_kl_of_a_model_orders_the_quantisers() -> None:
         found[name] = divergence(decoder, original)
         for shard, weight in result.weights.items():  # what the decoder runs is what was found
             assert weight.codes.dtype == torch.int16, shard
-    print(found)
     assert found["gptq"] < 0.8 * found["rtn"]
     assert found["act_order"] < 0.8 * found["rtn"]
-    assert found["awq"] < found["rtn"]
+    assert found["awq"] < 0.95 * found["rtn"]
+
+
+def test_gptq_takes_a_real_layer_in_seconds() -> None:
+    """A bound that only a loop over outputs, or a solve a column, would miss."""
+    weight, x = drawn(576, 1536), drawn(512, 1536)
+    inputs = InputStatistics("down_proj", 1536)
+    inputs.add(x)
+    started = time.process_time()
+    GPTQ().quantize(weight, WeightScheme(4, 64), inputs)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_biases", "qwen3", "gemma3"])
+def test_folding_leaves_the_model_s_function(family: str) -> None:
+    """Also where heads agree in number, so that ``v_proj`` takes factors too."""
+    overrides: dict[str, Any] = {"num_key_value_heads": 4}
+    decoder = loaded(family, **overrides)
+    changed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        decoder.layers[0].attention_norm[3] = -decoder.spec.norm_offset  # an input that is always 0
+        original = logits(decoder, UNSEEN)
+        for layer in decoder.layers:
+            folds = folds_of(layer)
+            assert [fold.consumer.name.split(".")[-1] for fold in folds] == [
+                "qkv_proj",
+                "o_proj",
+                "gate_up_proj",
+                "down_proj",
+            ]
+            for seed, fold in enumerate(folds):
+                before = fold.consumer.state.weight.clone()
+                scales = drawn(fold.consumer.in_features, seed=seed).mul(0.7).exp()
+                used, tensors = fold_scales(decoder, layer, fold, scales)
+                assert torch.isfinite(used).all()
+                assert not torch.equal(before, fold.consumer.state.weight)
+                changed |= tensors
+    torch.testing.assert_close(logits(decoder, UNSEEN), original, rtol=2e-4, atol=2e-4)
+    layers = [f"model.layers.{i}" for i in range(len(decoder.layers))]
+    wanted = {f"{layer}.input_layernorm.weight" for layer in layers}
+    norm = "pre_feedforward" if family == "gemma3" else "post_attention"
+    wanted |= {f"{layer}.{norm}_layernorm.weight" for layer in layers}
+    if family == "llama_biases":
+        wanted |= {f"{layer}.self_attn.v_proj.bias" for layer in layers}
+        wanted |= {f"{layer}.mlp.up_proj.bias" for layer in layers}
+    assert set(changed) == wanted
+
+
+def test_heads_that_share_values_take_no_factors() -> None:
+    folded = [fold.consumer.name for fold in folds_of(loaded("llama").layers[0])]
+    assert folded == ["layers.0.qkv_proj", "layers.0.gate_up_proj", "layers.0.down_proj"]
+
+
+class Remembering(RTN):
+    """Round to nearest that keeps what it was given."""
+
+    needs = GPTQ.needs
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[Tensor, InputStatistics]] = {}
+
+    def quantize(
+        self, weight: Tensor, scheme: WeightScheme, inputs: InputStatistics | None, name: str = ""
+    ) -> QuantizedWeight:
+        assert inputs is not None
+        self.seen[name] = weight.clone(), inputs
+        return super().quantize(weight, scheme, inputs, name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_each_layer_sees_its_own_inputs(family: str) -> None:
+    """Statistics are those of a plain pass through the model with the layers before quantised."""
+    quantizer, decoder = Remembering(), loaded(family)
+    result = quantize_decoder(
+        decoder, quantizer, W4G32, TEXTS, PipelineOptions(batch_tokens=100, num_rows=50)
+    )
+    last = len(decoder.layers) - 1
+    names = [name for name in quantizer.seen if f".{last}." in name]
+    assert len(names) == 7
+    # What the last layer's queries are made from, by the decoder's own pass.
+    plain = loaded(family)
+    for name, weight in result.weights.items():
+        if f".{last}." not in name:
+            index, part = int(name.split(".")[2]), name.rpartition(".")[2]
+            for linear in plain.layers[index].linears:
+                start = 0
+                for shard, width in linear.shards:
+                    if shard.endswith(f".{part}"):
+                        linear.state.weight[start : start + width] = weight.dequantize()
+                    start += width
+    inputs: dict[str, list[Tensor]] = {}
+    assert isinstance(plain.linear, PlainLinear)
+    plain.linear.observer = lambda layer, x: inputs.setdefault(layer.name, []).append(x.clone())
+    for text in TEXTS:
+        logits(plain, [text])
+    for name in names:
+        weight, found = quantizer.seen[name]
+        linear = next(
+            li for li in plain.layers[last].linears if name in [shard for shard, _ in li.shards]
+        )
+        x = torch.cat(inputs[linear.name]).double()
+        assert found.num_tokens == len(x) == sum(map(len, TEXTS))
+        hessian = x.T @ x / len(x)
+        torch.testing.assert_close(found.hessian, hessian, rtol=1e-3, atol=1e-4)
+        # The shard by itself, not its neighbours.
+        assert weight.shape == result.weights[name].codes.shape
+
+
+def test_no_more_than_one_layer_s_statistics_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[InputStatistics] = weakref.WeakSet()
+    most = 0
+    made = InputStatistics.__init__
+
+    def counting(self: InputStatistics, *args: Any, **kwargs: Any) -> None:
+        nonlocal most
+        made(self, *args, **kwargs)
+        alive.add(self)
+        most = max(most, len(alive))
+
+    monkeypatch.setattr(InputStatistics, "__init__", counting)
+    quantize_decoder(loaded(num_hidden_layers=4), GPTQ(), W4G32, TEXTS[:4])
+    assert most == 4 and not alive
+
+
+def test_what_is_kept_is_listed_and_unchanged() -> None:
+    decoder, original = loaded(), loaded()
+    options = PipelineOptions(skip=("*.down_proj", "model.layers.0.self_attn.k_proj"))
+    calls: list[tuple[str, int, int]] = []
+    result = quantize_decoder(
+        decoder,
+        AWQ(),
+        W4G32,
+        TEXTS[:6],
+        options,
+        lambda entry, done, total: calls.append((entry.name, done, total)),
+    )
+    assert set(result.kept) == {
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+        "lm_head",
+    }
+    assert len(result.weights) == 11 and not set(result.kept) & set(result.weights)
+    assert [entry.name for entry in result.report] == list(result.weights)
+    assert calls == [(name, i + 1, 11) for i, name in enumerate(result.weights)]
+    for mine, other in zip(decoder.layers, original.layers, strict=True):
+        assert torch.equal(mine.down_proj.state.weight, other.down_proj.state.weight)
+    first, second = decoder.layers[0].qkv_proj, original.layers[0].qkv_proj
+    assert torch.equal(first.state.weight[64:96], second.state.weight[64:96])
+    assert not torch.equal(first.state.weight[:64], second.state.weight[:64])
+    # Queries of layer 0 share their inputs with keys that are kept: nothing could be folded.
+    scaled = {entry.name: entry.scaled for entry in result.report}
+    assert not scaled["model.layers.0.self_attn.q_proj"]
+    assert scaled["model.layers.1.self_attn.q_proj"] and scaled["model.layers.0.mlp.up_proj"]
+    assert set(result.changed) == {
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.layers.1.input_layernorm.weight",
+    }
+    assert all(entry.output_error and entry.output_error < 0.2 for entry in result.report)
+
+
+def rebuilt(family: str, result: QuantizedModel) -> Decoder:
+    """A fresh model with what the pipeline gave, by the names of the checkpoint."""
+    decoder, left = loaded(family), dict(result.changed)
+    for layer in decoder.layers:
+        for field in ("attention_norm", "mlp_norm"):
+            name = f"{decoder.names.of_layer(layer.index, field)}.weight"
+            if name in left:
+                setattr(layer, field, left.pop(name))
+    for linear in decoder.linear_layers():
+        start = 0
+        for shard, width in linear.shards:
+            if shard in result.weights:
+                values = result.weights[shard].dequantize()
+                linear.state.weight[start : start + width] = values
+            if f"{shard}.bias" in left:
+                linear.state.bias[start : start + width] = left.pop(f"{shard}.bias")
+            start += width
+    assert not left
+    return decoder
+
+
+@pytest.mark.parametrize("family", ["llama_biases", "gemma3"])
+def test_the_result_is_all_that_a_checkpoint_needs(family: str) -> None:
+    decoder = loaded(family)
+    result = quantize_decoder(decoder, AWQ(), WeightScheme(8, 32), TEXTS)
+    found = logits(rebuilt(family, result), UNSEEN)
+    assert torch.equal(found, logits(decoder, UNSEEN))
+    # Eight bits lose little: factors were put in as often as they were taken out.
+    assert divergence(decoder, logits(loaded(family), UNSEEN)) < 1e-3
+
+
+def test_the_head_if_asked_for() -> None:
+    decoder, options = loaded(), PipelineOptions(head=True)
+    result = quantize_decoder(decoder, GPTQ(), W4G32, TEXTS[:6], options)
+    assert result.kept == () and "lm_head" in result.weights and len(result.report) == 15
+    assert torch.equal(decoder.lm_head.state.weight, result.weights["lm_head"].dequantize())
+    with pytest.raises(UnsupportedError, match="is its embedding"):
+        quantize_decoder(loaded("llama_tied"), RTN(), W4G32, [], options)
+
+
+def test_without_texts() -> None:
+    result = quantize_decoder(loaded(), RTN(), W4G32, [])
+    assert len(result.weights) == 14
+    assert all(entry.output_error is None for entry in result.report)
+    for quantizer in (GPTQ(), AWQ()):
+        with pytest.raises(ConfigError, match="needs calibration texts; none"):
+            quantize_decoder(loaded(), quantizer, W4G32, [])
+
+
+def test_what_the_pipeline_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"groups of 64 .*down_proj \(96 inputs\).*: 16, 32; or"):
+        quantize_decoder(loaded(), RTN(), WeightScheme(4, 64), [])
+    quantize_decoder(loaded(), RTN(), WeightScheme(4, 64), [], PipelineOptions(("*.down_proj",)))
+    with pytest.raises(ConfigError, match=re.escape("skip='*.w2' fits no linear layer")):
+        quantize_decoder(loaded(), RTN(), W4G32, [], PipelineOptions(("*.w2",)))
+    for wrong, said in (([[]], "has 0 tokens"), ([[5] * 300], "300 tokens"), ([[128]], "to 128")):
+        with pytest.raises(WorkbenchError, match=f"calibration text 0 has .*{said[-3:]}"):
+            quantize_decoder(loaded(), RTN(), W4G32, wrong)
+    broken = loaded()
+    broken.layers[1].mlp_norm[3] = float("nan")
+    with pytest.raises(WorkbenchError, match=r"input of layers\.1\.gate_up_proj is not finite"):
+        quantize_decoder(broken, GPTQ(), W4G32, TEXTS[:2])
+    dense = load_model(tiny_model("llama"), linear=DenseLinear(), dtype=torch.float32, device="cpu")
+    with pytest.raises(ConfigError, match=r"linear=PlainLinear\(\)"):
+        quantize_decoder(dense, RTN(), W4G32, [])
+    with pytest.raises(ConfigError, match="batch_tokens=0"):
+        PipelineOptions(batch_tokens=0)
