@@ -4,6 +4,7 @@ from techniques.quantization.quantizers.awq import AWQ, AWQOptions
 from techniques.quantization.quantizers.base import InputStatistics, Needs, Quantizer
 from techniques.quantization.quantizers.calibration import PlainLinear
 from techniques.quantization.quantizers.gptq import GPTQ, GPTQOptions
+from techniques.quantization.quantizers.hqq import HQQ, HQQOptions
 from techniques.quantization.quantizers.pipeline import (
     LayerReport,
     PipelineOptions,
@@ -15,9 +16,11 @@ from techniques.quantization.quantizers.rtn import RTN, RTNOptions
 __all__ = [
     "AWQ",
     "GPTQ",
+    "HQQ",
     "RTN",
     "AWQOptions",
     "GPTQOptions",
+    "HQQOptions",
     "InputStatistics",
     "LayerReport",
     "Needs",
