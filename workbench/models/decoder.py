@@ -175,6 +175,8 @@ class Decoder:
 
     Attributes
     ----------
+    names : WeightNames
+        How the family's checkpoints call what it is made of.
     embedding : Tensor [V, H]
     final_norm : Tensor [H]
     lm_head : LinearLayer
@@ -197,6 +199,7 @@ class Decoder:
         parallel: Parallel | None = None,
     ) -> None:
         self.spec = spec
+        self.names = names
         self.dtype = dtype
         self.device = device
         self.linear = linear

@@ -1,0 +1,33 @@
+"""Quantisers of weights after their papers, and the pipeline that runs one over a model."""
+
+from techniques.quantization.quantizers.awq import AWQ, AWQOptions
+from techniques.quantization.quantizers.base import InputStatistics, Needs, Quantizer
+from techniques.quantization.quantizers.calibration import PlainLinear
+from techniques.quantization.quantizers.gptq import GPTQ, GPTQOptions
+from techniques.quantization.quantizers.hqq import HQQ, HQQOptions
+from techniques.quantization.quantizers.pipeline import (
+    LayerReport,
+    PipelineOptions,
+    QuantizedModel,
+    quantize_decoder,
+)
+from techniques.quantization.quantizers.rtn import RTN, RTNOptions
+
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "RTN",
+    "AWQOptions",
+    "GPTQOptions",
+    "HQQOptions",
+    "InputStatistics",
+    "LayerReport",
+    "Needs",
+    "PipelineOptions",
+    "PlainLinear",
+    "QuantizedModel",
+    "Quantizer",
+    "RTNOptions",
+    "quantize_decoder",
+]
