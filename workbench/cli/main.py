@@ -1,4 +1,4 @@
-"""Which command: run (the default), fetch, list, doctor, report, train_head."""
+"""Which command: run (the default), fetch, list, doctor, report, train_head, quantize."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ python -m workbench report FILE.jsonl       draw the figure of recorded runs aga
 python -m workbench report --timeline FILE  where its steps' time went; --trace OUT.json
 python -m workbench report --memory FILE    where its bytes lie, predicted and measured
 python -m workbench train_head kind=NAME    train a draft head on text that the model writes itself
+python -m workbench quantize quantizer=NAME scheme=NAME   a checkpoint in 4 or 8 bits
 python -m workbench -m +technique=A,B ...   a Hydra sweep
 python -m workbench --cfg [key=value ...]   the composed configuration, without running it
 
@@ -77,6 +78,12 @@ def _list(arguments: list[str]) -> int:
     return list_command(arguments)
 
 
+def _quantize(arguments: list[str]) -> int:
+    from workbench.cli.quantize import quantize_command
+
+    return quantize_command(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from workbench.cli.inspect import doctor_command
 
@@ -101,6 +108,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "report": _report,
     "train_head": _train_head,
+    "quantize": _quantize,
 }
 
 

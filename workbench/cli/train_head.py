@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import json
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from workbench.assemble import build_engine, load_class
+from workbench.assemble import build_engine
 from workbench.bench.environment import collect_environment
+from workbench.cli.nodes import build_node
 from workbench.cli.output import print_document, takes_json
 from workbench.cli.prompts import read_prompts, write_own_prompts
 from workbench.configuration import (
@@ -84,7 +84,7 @@ def train_head(
     The record and the head's folder.
     """
     cfg = composed.cfg
-    trainee, program = _build(cfg, "head"), _build(cfg, "training")
+    trainee, program = build_node(cfg, "head"), build_node(cfg, "training")
     budget_s = _budget_s(cfg)
     seed = int(cfg.seed)
     source = engine_config(composed, limits_of(cfg, max_num_seqs=1, max_model_len=1)).source
@@ -157,23 +157,6 @@ def train_head(
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _build(cfg: DictConfig, name: str) -> Any:
-    """The class that a node names, with its options checked by name and type."""
-    node = {str(k): v for k, v in cfg[name].items()}
-    cls = load_class(node.pop("_target_"))
-    fields = {f.name: str(f.type) for f in dataclasses.fields(cls.Options)}
-    for key, value in node.items():
-        if key not in fields:
-            raise unknown_name(f"option of {name} ({cls.__name__})", key, fields)
-        kinds = _TYPES[fields[key]]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{name}.{key}={value!r} must be of type {fields[key]}.")
-    return cls(cls.Options(**node))
-
-
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 def _files(cfg: DictConfig) -> list[str]:

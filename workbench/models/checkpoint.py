@@ -118,6 +118,10 @@ class Checkpoint:
         """Of all tensors, after renaming."""
         return frozenset(self._where)
 
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor."""
+        return self._where[name][1]
+
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         path, stored = self._where[parameter.name]
         return tuple(self._open(path).get_slice(stored).get_shape())

@@ -1,0 +1,143 @@
+"""Quantises a model's checkpoint and writes it as a compressed-tensors one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from techniques.quantization.compressed_tensors import config_of, tensors_of
+from techniques.quantization.quantizers import (
+    PipelineOptions,
+    PlainLinear,
+    QuantizedModel,
+    Quantizer,
+    quantize_decoder,
+)
+from techniques.quantization.quantizers.pipeline import Progress
+from techniques.quantization.weights import WeightScheme
+from workbench.models.checkpoint import Checkpoint, write_index
+from workbench.models.families import family_of, read_config
+from workbench.models.loader import load_model
+from workbench.models.parameters import Parameter
+
+_FILE_BYTES = 4 << 30
+#: Files of a model's folder that are copied as they are.
+_BESIDES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*",
+            "generation_config.json", "added_tokens.json")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOptions:
+    """Options of :class:`QuantizeProgram`.
+
+    Attributes
+    ----------
+    scheme
+        As :meth:`WeightScheme.parse` reads it.
+    skip
+        Patterns of checkpoint names that stay as they are, separated by commas; the output layer
+        does so anyway.
+    batch_tokens, num_rows
+        As of :class:`PipelineOptions`.
+    """
+
+    scheme: str = "w4g64z"
+    skip: str = ""
+    batch_tokens: int = 4096
+    num_rows: int = 512
+
+
+class QuantizeProgram:
+    """Runs a quantiser over a checkpoint."""
+
+    Options = ProgramOptions
+
+    def __init__(self, options: ProgramOptions) -> None:
+        self.options = options
+        self.scheme = WeightScheme.parse(options.scheme)
+
+    def run(
+        self,
+        folder: Path,
+        out: Path,
+        quantizer: Quantizer,
+        texts: Sequence[Sequence[int]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> QuantizedModel:
+        """Quantise the model in ``folder`` and write the checkpoint ``out``, scales and other
+        tensors in ``dtype``."""
+        options = self.options
+        skip = tuple(filter(None, (part.strip() for part in options.skip.split(","))))
+        decoder = load_model(folder, linear=PlainLinear(), dtype=torch.float32, device=device)
+        found = quantize_decoder(
+            decoder,
+            quantizer,
+            self.scheme,
+            texts,
+            PipelineOptions(skip, False, options.batch_tokens, options.num_rows, seed),
+            progress,
+        )
+        del decoder
+        self._write(folder, out, found, dtype)
+        return found
+
+    def _write(self, folder: Path, out: Path, found: QuantizedModel, dtype: torch.dtype) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        files: list[dict[str, torch.Tensor]] = [{}]
+        size = total = 0
+        for name, tensor in self._tensors(folder, found, dtype):
+            if size + tensor.nbytes > _FILE_BYTES and files[-1]:
+                files.append({})
+                size = 0
+            files[-1][name] = tensor
+            size += tensor.nbytes
+            total += tensor.nbytes
+        weight_map: dict[str, str] = {}
+        for number, tensors in enumerate(files, 1):
+            name = f"model-{number:05}-of-{len(files):05}.safetensors"
+            name = "model.safetensors" if len(files) == 1 else name
+            save_file(tensors, out / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        if len(files) > 1:
+            write_index(out, weight_map, total)
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = [name for name in found.kept if name not in found.weights]
+        config["quantization_config"] = config_of(self.scheme, kept)
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for pattern in _BESIDES:
+            for file in folder.glob(pattern):
+                shutil.copy2(file, out / file.name)
+
+    def _tensors(
+        self, folder: Path, found: QuantizedModel, dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the new checkpoint, by the names that the old one has."""
+        checkpoint = Checkpoint(folder, family_of(read_config(folder)))
+        left = set(found.weights) | set(found.changed)
+        for name in sorted(checkpoint.names):
+            layer, stored = name.removesuffix(".weight"), checkpoint.stored_name(name)
+            if name in found.changed:
+                left.discard(name)
+                yield stored, found.changed[name].to(dtype).contiguous()
+            elif name != layer and layer in found.weights:
+                left.discard(layer)
+                weight = found.weights[layer]
+                yield from tensors_of(stored.removesuffix(".weight"), weight, dtype).items()
+            else:
+                tensor = checkpoint.read(Parameter(name, ()))
+                is_float = tensor.is_floating_point()
+                yield stored, tensor.to(dtype).contiguous() if is_float else tensor
+        checkpoint.release()
+        assert not left, f"nothing was written for {sorted(left)}"
