@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workbench.bench": {"workbench", "workbench.core"},
     "workbench.server": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
     "workbench.simulate": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
+    "workbench.quality": {"workbench", "workbench.core", "workbench.slots", "workbench.engine"},
     "workbench.components": {"workbench", "workbench.core", "workbench.slots"},
     "workbench.sizing": {*ENGINE_ROOMS, "workbench", "workbench.engine"},
     "workbench.speculation": {*ENGINE_ROOMS, "workbench.engine", "workbench.components"},

@@ -1,4 +1,4 @@
-"""Which command: run (the default), fetch, list, doctor, report, train_head, quantize."""
+"""Which command: run (the default), fetch, list, doctor, report, train_head, quantize, eval."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ python -m workbench report --timeline FILE  where its steps' time went; --trace 
 python -m workbench report --memory FILE    where its bytes lie, predicted and measured
 python -m workbench train_head kind=NAME    train a draft head on text that the model writes itself
 python -m workbench quantize quantizer=NAME scheme=NAME   a checkpoint in 4 or 8 bits
+python -m workbench eval [+technique=NAME]  perplexity, and KL divergence from the engine without it
 python -m workbench -m +technique=A,B ...   a Hydra sweep
 python -m workbench --cfg [key=value ...]   the composed configuration, without running it
 
@@ -102,6 +103,12 @@ def _train_head(arguments: list[str]) -> int:
     return train_head_command(arguments)
 
 
+def _eval(arguments: list[str]) -> int:
+    from workbench.cli.eval import eval_command
+
+    return eval_command(arguments)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fetch": _fetch,
     "list": _list,
@@ -109,6 +116,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "train_head": _train_head,
     "quantize": _quantize,
+    "eval": _eval,
 }
 
 

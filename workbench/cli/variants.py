@@ -123,24 +123,23 @@ class ModelForBaselines:
     device: str
 
 
+def engine_rows(plan: Plan) -> list[tuple[str, Composed]]:
+    """Name and composition of the engine's rows, base first."""
+    base_name = " + ".join([ENGINE, *plan.supplied])
+    if plan.base is None:
+        return [(base_name, plan.treatment)]
+    measured = [n for n in plan.treatment.techniques if n not in plan.supplied]
+    preset = plan.treatment.cfg.preset_name
+    name = " + ".join([base_name, *measured]) if preset == "core" else f"{ENGINE} ({preset})"
+    return [(base_name, plan.base), (name, plan.treatment)]
+
+
 def engine_variants(plan: Plan, limits: Limits, progress: Any = None) -> list[Variant]:
     """The engine's rows, base first."""
     variants = []
-    base_name = " + ".join([ENGINE, *plan.supplied])
-    rows: list[tuple[str, Composed]] = []
-    if plan.base is not None:
-        rows.append((base_name, plan.base))
-        measured = [n for n in plan.treatment.techniques if n not in plan.supplied]
-        preset = plan.treatment.cfg.preset_name
-        rows.append(
-            (f"{ENGINE} ({preset})", plan.treatment)
-            if preset != "core"
-            else (" + ".join([base_name, *measured]), plan.treatment)
-        )
-    else:
-        rows.append((base_name, plan.treatment))
+    rows = engine_rows(plan)
     for index, (name, composed) in enumerate(rows):
-        config = _same_but_components(plan, composed, limits, progress)
+        config = row_config(plan, composed, limits, progress)
         check_engine(config)  # a wrong command is told before the baselines take their time
         classes = [m.losslessness for m in composed.techniques.values()]
         weakest = next((c for c in ("lossy", "distributional") if c in classes), "exact")
@@ -177,8 +176,8 @@ def _quality_bound(markers: Iterable[Marker]) -> float | None:
     return sum(known) if known and len(known) == len(bounds) else None
 
 
-def _same_but_components(
-    plan: Plan, composed: Composed, limits: Limits, progress: Any
+def row_config(
+    plan: Plan, composed: Composed, limits: Limits, progress: Any = None
 ) -> EngineConfig:
     """The treatment's model, precision, seed and limits with this row's components."""
     config = engine_config(plan.treatment, limits, progress=progress)

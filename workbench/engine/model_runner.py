@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,8 @@ class ModelRunner:
             parts.verify_step,
             parts.mixed_step,
         )
+        #: Shown the hidden states ``[T, H]`` of each step but those of prepared single tokens.
+        self.watcher: Callable[[ForwardBatch, torch.Tensor], None] | None = None
         self._kept: dict[int, torch.Tensor] = {}  # of the last step
         self._is_followed = False  # by itself
         self._inference = torch.inference_mode()  # one object: the decorator makes one a call
@@ -123,6 +125,8 @@ class ModelRunner:
         logits, metadata = None, None
         if prepared is None:
             hidden = self._forward(inputs, clock)
+            if self.watcher is not None:
+                self.watcher(inputs.batch, hidden)
             if inputs.sampling:
                 logits = self._logits(inputs, hidden)
             metadata = self._sampling_metadata(inputs, trees) if inputs.sampling else None

@@ -1,0 +1,1 @@
+"""The quality of what an engine computes: perplexity of texts, and distance from another engine."""
