@@ -112,7 +112,11 @@ class QuantizeProgram:
         if len(files) > 1:
             write_index(out, weight_map, total)
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kept = [name for name in found.kept if name not in found.weights]
+        # Readers know a head that is the embedding by its own name.
+        tied = bool(config.get("tie_word_embeddings"))
+        kept = [name for name in found.kept if not (tied and "embed" in name)]
+        if tied:
+            kept.append("lm_head")
         config["quantization_config"] = config_of(self.scheme, kept)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

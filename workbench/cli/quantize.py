@@ -18,6 +18,7 @@ from workbench.cli.nodes import build_node
 from workbench.cli.output import print_document, takes_json
 from workbench.configuration import Composed, compose_config, engine_config, limits_of, options_of
 from workbench.core.errors import ConfigError, unknown_name
+from workbench.models.families import read_config, spec_from_hf
 from workbench.quality.corpus import read_text, tokenize
 from workbench.slots.platform import DTYPES
 
@@ -75,7 +76,8 @@ def quantize(composed: Composed, name: str, command: str) -> tuple[dict[str, Any
     dtype = "bfloat16" if cfg.dtype == "auto" else str(cfg.dtype)
     platform = composed.choices["engine/platform"]
     device = torch.device("cpu" if platform == "cpu" else platform)
-    texts, about = _texts(cfg, source.tokenizer(), source.name)
+    context = spec_from_hf(read_config(source.config)).max_position_embeddings
+    texts, about = _texts(cfg, source.tokenizer(), source.name, context)
 
     def progress(layer: Any, done: int, of: int) -> None:
         error = "" if layer.output_error is None else f", error {layer.output_error:.4f}"
@@ -107,15 +109,19 @@ def quantize(composed: Composed, name: str, command: str) -> tuple[dict[str, Any
     return record, out
 
 
-def _texts(cfg: DictConfig, tokenizer: Any, model: str) -> tuple[list[list[int]], dict[str, Any]]:
-    """Pieces of the calibration text as tokens, and what they are, for the record."""
+def _texts(
+    cfg: DictConfig, tokenizer: Any, model: str, context: int
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Pieces of the calibration text as tokens, and what they are, for the record; none is longer
+    than the model's context."""
     for key in ("num_texts", "text_tokens"):
         if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < 1:
             raise ConfigError(f"{key}={cfg[key]!r} must be a number of 1 or more.")
     if tokenizer is None:
         raise ConfigError(f"model {model} has no tokenizer, so no text can be read with it.")
     text = read_text(None if cfg.text is None else str(cfg.text))
-    tokens = tokenize(text, tokenizer, cfg.num_texts * cfg.text_tokens).token_ids
-    pieces = [tokens[i : i + cfg.text_tokens] for i in range(0, len(tokens), cfg.text_tokens)]
+    length = min(cfg.text_tokens, context)
+    tokens = tokenize(text, tokenizer, cfg.num_texts * length).token_ids
+    pieces = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     about = {"text": text.name, "text_sha256": text.digest, "num_tokens": len(tokens)}
     return pieces, {**about, "num_texts": len(pieces)}
