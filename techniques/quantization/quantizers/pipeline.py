@@ -64,8 +64,8 @@ class LayerReport:
     scaled
         Whether its inputs were divided by factors and its columns multiplied.
     seconds
-        That rounding took. Running the texts and the search for factors, which layers share, are not
-        in it.
+        That rounding took; running the texts and the search for factors, which layers share, are
+        not in it.
     """
 
     name: str
