@@ -91,6 +91,8 @@ def test_statistics_do_not_depend_on_batches() -> None:
         torch.testing.assert_close(found.hessian, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts.mean_abs, x.abs().mean(0))
     assert torch.equal(few[0].rows, few[1].rows) and len(few[0].rows) == 10
+    later = [int((x == row).all(1).nonzero()) for row in few[0].rows]
+    assert later == sorted(later) and later[-1] >= 50  # drawn from all of the text
     factors = drawn(8).exp()
     scaled, again = whole.scaled(factors), statistics(x / factors)
     for name in ("hessian", "mean_abs", "rows"):

@@ -53,10 +53,10 @@ class HQQ(Quantizer):
     (``sign(x) max(0, |x| - |x| ** (p - 1) / beta)``), and the grid is solved for ``W - E``
     in least squares.
 
-    The authors keep the scale and solve for a zero point that is not an integer. Zero points are
-    codes here, so that the scale is solved for as well, and the zero point rounded; without zero
-    points the scale alone. Errors are measured in steps of the grid, which makes ``beta`` mean the
-    same whatever the size of the weights.
+    Two things are not as the authors have them. They keep the scale and solve for the zero point,
+    by fractions of a code; zero points are whole codes here, which such steps do not move, so that
+    the scale is solved for and the zero point kept. And errors are measured in steps of the grid,
+    which makes ``beta`` mean the same whatever the size of the weights.
     """
 
     Options = HQQOptions
@@ -67,8 +67,7 @@ class HQQ(Quantizer):
         options: HQQOptions = self.options
         scales, zeros = find_grid(weight, scheme)
         groups = weight.float().reshape(*scales.shape, -1)
-        best, best_zeros = scales, zeros
-        least = torch.full_like(scales, float("inf"))
+        best, least = scales, torch.full_like(scales, float("inf"))
         beta = options.beta
         for iteration in range(options.iterations + 1):
             found = encode(weight, scheme, scales, zeros)
@@ -76,15 +75,13 @@ class HQQ(Quantizer):
             size = error.abs().pow(options.norm).sum(2)
             better = size < least
             least, best = torch.where(better, size, least), torch.where(better, scales, best)
-            if zeros is not None and best_zeros is not None:
-                best_zeros = torch.where(better, zeros, best_zeros)
             if iteration < options.iterations:
                 step = scales[:, :, None]
                 borne = _shrink(error / step, options.norm, beta) * step
-                codes = found.codes.float().view_as(groups)
-                scales, zeros = _solve(groups - borne, codes, scales, zeros, scheme)
+                steps = ((groups - error) / step).round_()
+                scales = _solve(groups - borne, steps, scales)
                 beta *= options.kappa
-        return encode(weight, scheme, best, best_zeros)
+        return encode(weight, scheme, best, zeros)
 
 
 def _shrink(error: Tensor, norm: float, beta: float) -> Tensor:
@@ -93,15 +90,8 @@ def _shrink(error: Tensor, norm: float, beta: float) -> Tensor:
     return error.sign() * (size - size.clamp(min=1e-8).pow(norm - 1) / beta).clamp(min=0)
 
 
-def _solve(
-    wanted: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: WeightScheme
-) -> tuple[Tensor, Tensor | None]:
-    """The grid under which ``codes[N, G, K / G]`` come nearest to ``wanted``, first in its zero
-    points, then in its scales."""
-    if zeros is not None:
-        place = (codes - wanted / scales[:, :, None]).mean(2)
-        zeros = place.round().clamp(scheme.least, scheme.greatest).to(torch.int16)
-        codes = codes - zeros.float()[:, :, None]
-    solved = (codes * wanted).sum(2) / codes.square().sum(2).clamp(min=1.0)
-    # A group of zeros, or one that is all borne, says nothing of its scale.
-    return torch.where(solved > 0, solved, scales), zeros
+def _solve(wanted: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
+    """The scales ``[N, G]`` under which ``steps[N, G, K / G]`` from 0 come nearest to ``wanted``;
+    the present ones of groups that say nothing of it, such as those of zeros."""
+    solved = (steps * wanted).sum(2) / steps.square().sum(2).clamp(min=1.0)
+    return torch.where(solved > 0, solved, scales)

@@ -64,7 +64,8 @@ class LayerReport:
     scaled
         Whether its inputs were divided by factors and its columns multiplied.
     seconds
-        That quantising took; running the texts is not in it.
+        That rounding took; running the texts and the search for factors, which layers share, are
+        not in it.
     """
 
     name: str
