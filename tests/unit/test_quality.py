@@ -230,6 +230,7 @@ def test_divergence_of_two_models_is_that_of_transformers() -> None:
 def test_an_engine_that_runs_prompts_in_pieces_does_not_diverge() -> None:
     engines = [shared_engine(max_num_seqs=1), shared_engine(*PIECES, max_num_seqs=1)]
     _, pieces = evaluate(engines, cut_windows(stream_of(100), 50))
+    assert [s.num_scheduled_tokens for s in engines[1].steps] == [16, 16, 16, 1] * 2
     assert pieces.divergence is not None
     assert len(pieces.divergence.kl) == 98
     assert pieces.divergence.maximum < 1e-8

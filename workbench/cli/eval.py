@@ -60,7 +60,7 @@ class Protocol:
             way = "disjoint"
         else:
             way = f"one every {self.stride} tokens, of which the last {self.stride} are scored"
-        bos = "no BOS, so the first token of a text is not scored" if self.bos is None else ""
+        bos = "no BOS, so the first token of a window is not scored" if self.bos is None else ""
         if self.bos is not None:
             bos = f"each begins with BOS {self.bos!r}, as the tokenizer does by default"
         return [

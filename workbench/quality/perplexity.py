@@ -2,8 +2,8 @@
 
 The text is one stream of tokens. Windows of ``window`` tokens begin every ``stride`` tokens. With
 ``stride`` equal to ``window`` they are disjoint, which is how GPTQ (Frantar et al. 2022,
-arXiv:2210.17323), AWQ (Lin et al. 2023, arXiv:2306.00978) and llama.cpp report. With a smaller one,
-each window after the first scores its last ``stride`` tokens only, and the others are their context
+arXiv:2210.17323) and AWQ (Lin et al. 2023, arXiv:2306.00978) report. With a smaller one, each
+window after the first scores its last ``stride`` tokens only, and the others are their context
 ("Perplexity of fixed-length models" in the documentation of Transformers). Only whole windows
 count; what is left behind the last one is not scored. Where the tokenizer puts a BOS token before a
 text by default, each window begins with one, which takes a place of the window and is never scored.
