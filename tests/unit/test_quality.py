@@ -17,6 +17,7 @@ from tests.helpers.engines import check_idle, shared_engine, tiny_engine
 from tests.helpers.prepared import MIXED_PREPARED
 from tests.helpers.tiny_models import hf_logits, hf_model, tiny_model, tiny_tokenizer
 from workbench.assemble import build_engine
+from workbench.cli.eval import _rows, _with_base
 from workbench.cli.main import OK, WRONG_COMMAND, main
 from workbench.configuration import compose_config, engine_config, limits_of
 from workbench.core.errors import ConfigError, WorkbenchError
@@ -437,12 +438,24 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "stride over window": (["window=32", "stride=33"], ["stride=33", "1 to window=32"]),
     "no stride": (["stride=0"], ["stride=0", "1 or more"]),
     "short text": (["window=100", "max_tokens=60"], ["60 tokens", "window=60 would do"]),
+    "several windows at once": (["limits.max_num_seqs=4"], ["one at a time"]),
     "against": (["against=hf"], ["Valid: auto, base, none"]),
     "nothing to compare": (["against=base"], ["nothing to compare", "+technique="]),
     "key": (["windw=3"], ["Did you mean 'window'"]),
     "technique": (["+technique=pagd"], ["pagd"]),
     "shape without a tokenizer": (["model=llama-3.1-8b", "weights=random"], ["tokenizer"]),
 }
+
+
+def test_both_rows_are_of_one_device_and_serve_one_window_at_a_time() -> None:
+    plan = _with_base(["+evaluation=text", f"model={tiny_model('llama')}", "preset=gpu"])
+    cfg = plan.treatment.cfg
+    assert cfg.limits.max_num_seqs > 1
+    rows = _rows(plan, limits_of(cfg, max_num_seqs=1, max_model_len=64))
+    assert [name for name, _ in rows] == ["engine", "engine (gpu)"]
+    for _, config in rows:
+        assert config.components["platform"]["_target_"].endswith("Cuda")
+        assert (config.limits.max_num_seqs, config.limits.max_model_len) == (1, 64)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from workbench.assemble import build_engine, check_engine
+from workbench.assemble import EngineConfig, Limits, build_engine, check_engine
 from workbench.bench.environment import collect_environment
 from workbench.bench.jsonsafe import plain
 from workbench.cli.output import print_document, takes_json
@@ -78,6 +78,9 @@ def eval_command(arguments: Sequence[str]) -> int:
     """Evaluate what the overrides ask for; the exit status."""
     as_json, rest = takes_json(list(arguments))
     command = shlex.join(["python", "-m", "workbench", "eval", *arguments])
+    for text in rest:
+        if text.lstrip("+").startswith("limits.max_num_seqs="):
+            raise ConfigError(f"{text} has no effect here: windows are served one at a time.")
     plan = _with_base(["+evaluation=text", *rest])
     cfg = plan.treatment.cfg
     source = engine_config(plan.treatment, limits_of(cfg, max_num_seqs=1, max_model_len=1)).source
@@ -87,16 +90,13 @@ def eval_command(arguments: Sequence[str]) -> int:
             f"model {source.name} has no tokenizer, so no text can be read with it: name a model "
             "folder with a tokenizer.json."
         )
-    text = read_text(None if cfg.text is None else str(cfg.text))
+    corpus = read_text(None if cfg.text is None else str(cfg.text))
     context = spec_from_hf(read_config(source.config)).max_position_embeddings
     window = _window(cfg, context)
     stride = _number(cfg, "stride") or window
-    stream = tokenize(text, tokenizer, _number(cfg, "max_tokens"))
+    stream = tokenize(corpus, tokenizer, _number(cfg, "max_tokens"))
     windows = cut_windows(stream, window, stride)
-    limits = limits_of(cfg, max_num_seqs=1, max_model_len=window)
-    rows = [(name, row_config(plan, composed, limits)) for name, composed in engine_rows(plan)]
-    if plan.base is not None and not plan.treatment.techniques:
-        rows[1] = (f"{ENGINE} ({_choices(plan)})", rows[1][1])
+    rows = _rows(plan, limits_of(cfg, max_num_seqs=1, max_model_len=window))
     for _, config in rows:
         check_engine(config)
     engines = []
@@ -105,7 +105,7 @@ def eval_command(arguments: Sequence[str]) -> int:
         engines.append(build_engine(config))
     found = evaluate(engines, windows, lambda done, of: _say(f"window {done} of {of}"))
     bos = None if stream.bos_id is None else tokenizer.convert_ids_to_tokens(stream.bos_id)
-    protocol = _protocol(text.name, text.digest, window, stride, bos, stream, windows)
+    protocol = _protocol(corpus.name, corpus.digest, window, stride, bos, stream, windows)
     results = {name: _figures(one, protocol) for (name, _), one in zip(rows, found, strict=True)}
     if as_json or cfg.output == "json":
         info = engines[-1].parts.info
@@ -147,6 +147,24 @@ def _with_base(overrides: Sequence[str]) -> Plan:
                 "or an option such as engine/linear=NAME."
             )
     return plan
+
+
+def _rows(plan: Plan, limits: Limits) -> list[tuple[str, EngineConfig]]:
+    """Name and configuration of each engine, base first.
+
+    All are of the treatment's device, since precision goes by it, and serve one window at a time,
+    whatever number of requests a preset or a technique is measured with.
+    """
+    limits = dataclasses.replace(limits, max_num_seqs=1)
+    rows = []
+    for name, composed in engine_rows(plan):
+        config = row_config(plan, composed, limits)
+        platform = plan.treatment.components["platform"]
+        components = {**config.components, "platform": platform}
+        rows.append((name, dataclasses.replace(config, components=components)))
+    if plan.base is not None and not plan.treatment.techniques:
+        rows[1] = (f"{ENGINE} ({_choices(plan)})", rows[1][1])
+    return rows
 
 
 def _choices(plan: Plan) -> str:
