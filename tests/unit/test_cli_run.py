@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from tests.helpers.engines import why_not_here
 from tests.helpers.tiny_models import tiny_model
 from workbench.cli.main import main
+from workbench.cli.variants import plan_run
 from workbench.configuration import CONF_DIR, load_markers, options_of
 
 REPO = CONF_DIR.parent
@@ -224,6 +225,28 @@ def test_every_technique_at_once_through_the_preset(
 
 
 # -- other commands -------------------------------------------------------------------------------
+
+
+def test_both_rows_run_on_one_machine() -> None:
+    """Also where a preset, which the base does without, chooses the machine."""
+    plan = plan_run(["preset=gpu"])
+    assert plan.base is not None
+    assert plan.treatment.choices["engine/platform"] == "cuda"
+    assert plan.base.choices["engine/platform"] == "cuda"
+    assert plan.base.choices["engine/attention"] == "sdpa"
+    chosen = plan_run(["preset=gpu", "engine/platform=cpu"])
+    assert chosen.base is not None and chosen.base.choices["engine/platform"] == "cpu"
+
+
+def test_options_of_a_required_technique_hold_for_both_rows() -> None:
+    """What the measured technique alone brings does not."""
+    plan = plan_run(["+technique=eagle_tree", "engine.drafter.head=/a/head"])
+    assert plan.base is not None and plan.supplied == ("eagle",)
+    assert plan.base.components["drafter"]["head"] == "/a/head"
+    assert plan.base.components["drafter"]["tree"] is False
+    assert plan.treatment.components["drafter"]["tree"] is True
+    alone = plan_run(["+technique=eagle", "engine.drafter.head=/a/head"])
+    assert alone.base is not None and "head" not in alone.base.components["drafter"]
 
 
 def test_list_shows_every_technique(capsys: pytest.CaptureFixture[str]) -> None:

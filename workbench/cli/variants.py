@@ -75,6 +75,9 @@ def plan_run(overrides: Sequence[str]) -> Plan:
         if not any(markers[other].slots.get(slot) == option for other in supplied)
     }
     kept = [text for text in rest if not _touches(text, slots) and not text.startswith("preset=")]
+    platform = treatment.choices["engine/platform"]  # a preset's own, too: one machine for both
+    if not any(text.lstrip("+").startswith("engine/platform=") for text in kept):
+        kept.append(f"engine/platform={platform}")
     base = compose_config([*kept, *_technique_override(list(supplied))])
     return Plan(treatment, base, supplied)
 
