@@ -23,7 +23,7 @@ from techniques.quantization.quantizers import (
 from techniques.quantization.quantizers.pipeline import Progress
 from techniques.quantization.weights import WeightScheme
 from workbench.models.checkpoint import Checkpoint, write_index
-from workbench.models.families import family_of, read_config
+from workbench.models.families import family_of, read_config, spec_from_hf
 from workbench.models.loader import load_model
 from workbench.models.parameters import Parameter
 
@@ -112,11 +112,11 @@ class QuantizeProgram:
         if len(files) > 1:
             write_index(out, weight_map, total)
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        # Readers know a head that is the embedding by its own name.
-        tied = bool(config.get("tie_word_embeddings"))
-        kept = [name for name in found.kept if not (tied and "embed" in name)]
-        if tied:
-            kept.append("lm_head")
+        # Readers know a head that is the embedding by its own name; config.json need not say so.
+        model = read_config(folder)
+        embedding = family_of(model).names.embedding
+        tied = spec_from_hf(model).tie_word_embeddings
+        kept = ["lm_head" if tied and name == embedding else name for name in found.kept]
         config["quantization_config"] = config_of(self.scheme, kept)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,21 @@ def test_from_command_to_tokens(
     counts = engine.counters()
     assert counts["linear.quantized_layers"] > 4 and counts["linear.quantized_calls"] > 0
     assert (counts["linear.dense_layers"] > 1) == bool(more)
+
+
+def test_a_head_that_is_the_embedding_is_left_out_by_its_name(tmp_path: Path) -> None:
+    """Also where config.json leaves it to the family to say that they are one."""
+    folder = tiny_model("gemma3", vocab_size=256)
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    config = json.loads((bare / "config.json").read_text())
+    assert config.pop("tie_word_embeddings", True)
+    (bare / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "q"
+    assert main(["quantize", f"model={bare}", "quantizer=rtn", "scheme=w8", f"out={out}",
+                 "dtype=float32", "text_tokens=32"]) == 0  # fmt: skip
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["ignore"] == ["lm_head"]
 
 
 def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
