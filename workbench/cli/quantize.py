@@ -14,10 +14,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from workbench.bench.environment import collect_environment
-from workbench.cli.nodes import build_node
+from workbench.cli.nodes import build_node, compose_with_one
 from workbench.cli.output import print_document, takes_json
-from workbench.configuration import Composed, compose_config, engine_config, limits_of, options_of
-from workbench.core.errors import ConfigError, unknown_name
+from workbench.configuration import Composed, engine_config, limits_of
+from workbench.core.errors import ConfigError
 from workbench.models.families import read_config, spec_from_hf
 from workbench.quality.corpus import read_text, tokenize
 from workbench.slots.platform import DTYPES
@@ -30,7 +30,9 @@ def quantize_command(arguments: Sequence[str]) -> int:
     """Quantise and save a checkpoint; the exit status."""
     as_json, arguments = takes_json(list(arguments))
     command = "python -m workbench quantize " + shlex.join(arguments)
-    composed, name = _compose(arguments)
+    composed, name = compose_with_one(
+        "quantize", arguments, "quantizer", "quantizer", "+quantizing=checkpoint"
+    )
     record, folder = quantize(composed, name, command)
     if as_json:
         print_document({"schema": 1, "folder": str(folder), **record})
@@ -45,18 +47,6 @@ def quantize_command(arguments: Sequence[str]) -> int:
         f"serve it: python -m workbench model={folder} engine/linear=compressed_tensors"
     )
     return 0
-
-
-def _compose(arguments: Sequence[str]) -> tuple[Composed, str]:
-    chosen = [text for text in arguments if text.startswith("quantizer=")]
-    valid = options_of("quantizer")
-    if len(chosen) != 1:
-        raise ConfigError(f"quantize needs one quantizer=: {', '.join(valid)}.")
-    name = chosen[0].partition("=")[2]
-    if name not in valid:
-        raise unknown_name("quantizer", name, valid)
-    rest = [text for text in arguments if text not in chosen]
-    return compose_config(["+quantizing=checkpoint", f"+quantizer={name}", *rest]), name
 
 
 def quantize(composed: Composed, name: str, command: str) -> tuple[dict[str, Any], Path]:

@@ -17,17 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from workbench.assemble import build_engine
 from workbench.bench.environment import collect_environment
-from workbench.cli.nodes import build_node
+from workbench.cli.nodes import build_node, compose_with_one
 from workbench.cli.output import print_document, takes_json
 from workbench.cli.prompts import read_prompts, write_own_prompts
 from workbench.configuration import (
     Composed,
-    compose_config,
     engine_config,
     limits_of,
-    options_of,
 )
-from workbench.core.errors import ConfigError, unknown_name
+from workbench.core.errors import ConfigError
 from workbench.models.families import read_config, spec_from_hf
 from workbench.slots.platform import DTYPES
 
@@ -42,7 +40,7 @@ def train_head_command(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     as_json, arguments = takes_json(list(arguments))
     command = "python -m workbench train_head " + shlex.join(arguments)
-    composed, kind = _compose(arguments)
+    composed, kind = compose_with_one("train_head", arguments, "kind", "head", "+training=head")
     record, folder = train_head(composed, kind, command, began)
     if as_json:
         print_document({"schema": 1, "folder": str(folder), **record})
@@ -55,18 +53,6 @@ def train_head_command(arguments: Sequence[str]) -> int:
             f"(untrained {figures['untrained']['mean_accepted_length']:.3f})"
         )
     return 0
-
-
-def _compose(arguments: Sequence[str]) -> tuple[Composed, str]:
-    kinds = [text for text in arguments if text.startswith("kind=")]
-    valid = options_of("head")
-    if len(kinds) != 1:
-        raise ConfigError(f"train_head needs one kind=: {', '.join(valid)}.")
-    kind = kinds[0].partition("=")[2]
-    if kind not in valid:
-        raise unknown_name("kind", kind, valid)
-    rest = [text for text in arguments if text not in kinds]
-    return compose_config(["+training=head", f"+head={kind}", *rest]), kind
 
 
 def train_head(
