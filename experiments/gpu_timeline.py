@@ -2,6 +2,8 @@
 
     python -m experiments.gpu_timeline [model=qwen3-0.6b] [requests=1] [context=512] [trace=FILE]
     python -m experiments.gpu_timeline phase=prefill requests=16 context=2048 steps=4
+    python -m experiments.gpu_timeline tokens_each=6 preset=core engine/drafter=eagle \\
+        engine/verifier=exact_match '+technique=[paged_attention,triton_attention,cuda_graphs]'
 
 Brings requests to a steady step of single tokens with random weights, or begins with their prompts
 (``phase=prefill``), records some steps with torch's profiler, and prints how long each kernel ran
@@ -50,6 +52,8 @@ class Options:
         Leading ones of these tokens that the requests of a group have in common, and groups.
     steps
         Steps to record.
+    tokens_each
+        Most tokens that a step yields a request: with drafts, one more than these.
     trace
         Where to write the recording; empty for nowhere.
     """
@@ -61,6 +65,7 @@ class Options:
     shared: int = 0
     groups: int = 1
     steps: int = 20
+    tokens_each: int = 1
     trace: str = ""
 
     def __post_init__(self) -> None:
@@ -73,9 +78,14 @@ class Options:
             )
 
 
+def most_new_tokens(options: Options) -> int:
+    """Tokens a request, of a run that records decoding."""
+    return (3 * options.steps + 20) * options.tokens_each
+
+
 def add_requests(engine: Engine, options: Options, name: str) -> None:
     """Random prompts."""
-    num_tokens = 3 * options.steps + 20 if options.phase == "decode" else 1
+    num_tokens = most_new_tokens(options) if options.phase == "decode" else 1
     ids = torch.randint(0, engine.parts.vocab_size, (options.requests, options.context))
     ids[:, : options.shared] = ids[torch.arange(len(ids)) % options.groups, : options.shared]
     for index, prompt in enumerate(ids.tolist()):
@@ -146,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     if not any(text.startswith("preset=") for text in overrides):
         overrides = ["preset=gpu", *overrides]
     composed = compose_config([f"model={options.model}", "weights=random", *overrides])
-    most = options.context + 3 * options.steps + 20
+    most = options.context + most_new_tokens(options)
     turns = 3 if options.phase == "prefill" else 1
     pool = (
         turns * options.requests * (most - options.shared + 64)

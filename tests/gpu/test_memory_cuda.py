@@ -72,7 +72,7 @@ def check_ledger(engine: Engine, name: str) -> None:
     used = total - rows["free"]
     # The driver loads code as it is first run, after the profile too; of a tiny model it is much.
     unexplained = abs(rows["unexplained"])
-    most = max(0.02 * used, 64 * MIB)
+    most = max(0.02 * used, 16 * MIB)
     assert unexplained <= most, f"{unexplained / MIB:.1f} MiB of what is used is unexplained"
     found, predicted = rows["activations"], ledger.predicted["activations"]
     assert found <= 1.25 * predicted + 64 * MIB, f"activations {found}, predicted {predicted}"
