@@ -97,6 +97,8 @@ def advance_drafts(
     block_size: int,
     trash_block: int,
     *,
+    token_ids: Tensor,
+    num_computed_tokens: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     seq_lens: Tensor,
@@ -104,7 +106,8 @@ def advance_drafts(
     drafts: Tensor,
     index: int,
 ) -> None:
-    """Move a step of single tokens on to the token that was drawn in each place, and keep it.
+    """Move a step of single tokens on to the token that was drawn in each place, and keep it, also
+    in the table: behind the known tokens of its row, where the step that verifies it will look.
 
     Where a request's blocks end, the token stays at their end and its keys and values go to the
     trash block, since nobody will look at its drafts.
@@ -117,6 +120,10 @@ def advance_drafts(
     block_table : Tensor [B, P] int32
         By place.
     trash_block : int
+    token_ids : Tensor [R, W] int32
+        Written at column ``num_computed_tokens + 1 + index`` of each row, the last one at most,
+        which holds no tokens.
+    num_computed_tokens : Tensor [R] int64
     input_ids, slot_mapping : Tensor [B] int64
         Written.
     positions : Tensor [B] int64
@@ -126,15 +133,16 @@ def advance_drafts(
     drafts : Tensor [B, K] int64
         Column ``index`` is written.
     """
+    tables = (token_ids, num_computed_tokens)
     buffers = (input_ids, positions, seq_lens, slot_mapping, drafts)
     if triton.unsupported_reason(drawn) is None:
         from kernels.triton import draft_step
 
         return draft_step.advance_drafts(
-            drawn, places, block_table, *buffers, block_size, trash_block, index
+            drawn, places, block_table, *tables, *buffers, block_size, trash_block, index
         )
     return advance_drafts_reference(
-        drawn, places, block_table, *buffers, block_size, trash_block, index
+        drawn, places, block_table, *tables, *buffers, block_size, trash_block, index
     )
 
 
@@ -142,6 +150,8 @@ def advance_drafts_reference(
     drawn: Tensor,
     places: Tensor,
     block_table: Tensor,
+    token_ids: Tensor,
+    num_computed_tokens: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     seq_lens: Tensor,
@@ -152,7 +162,9 @@ def advance_drafts_reference(
     index: int,
 ) -> None:
     """Plain torch form of :func:`advance_drafts`."""
-    limits = places[:, 1]
+    rows, limits = places.unbind(1)
+    columns = (num_computed_tokens[rows] + 1 + index).clamp(max=token_ids.shape[1] - 1)
+    token_ids[rows, columns] = drawn.to(token_ids.dtype)
     inside = positions + 1 < limits
     positions.copy_(torch.minimum(positions + 1, limits - 1))
     input_ids.copy_(drawn)

@@ -22,6 +22,8 @@ class DecodeTiling:
         Pieces to aim at, all requests and heads together, for each multiprocessor.
     min_share : int
         Steps: a program takes no fewer, so that short requests are not cut up.
+    max_tile_rows : int
+        Queries, by heads of the group, that a program has at most, a power of two from 16 on.
     """
 
     block_n: int
@@ -29,6 +31,7 @@ class DecodeTiling:
     num_stages: int
     programs_per_multiprocessor: int
     min_share: int = 2
+    max_tile_rows: int = 64
 
 
 def choose_tiling(

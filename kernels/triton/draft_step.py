@@ -62,26 +62,37 @@ def gather_draft_inputs_kernel(
         tl.store(out + first + columns, tl.load(table + first + columns, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["table_stride", "draft_stride", "index", "trash_slot"])
+@triton.jit(
+    do_not_specialize=[
+        "table_stride", "token_stride", "draft_stride", "num_columns", "index", "trash_slot"
+    ]
+)  # fmt: skip
 def advance_drafts_kernel(
     drawn_ptr,
     places_ptr,
     table_ptr,
+    token_ids_ptr,
+    num_computed_ptr,
     input_ids_ptr,
     positions_ptr,
     seq_lens_ptr,
     slots_ptr,
     drafts_ptr,
     table_stride,
+    token_stride,
     draft_stride,
+    num_columns,
     trash_slot,
     index,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Grid: (requests,)."""
     i = tl.program_id(0).to(tl.int64)
+    row = tl.load(places_ptr + 2 * i)
     limit = tl.load(places_ptr + 2 * i + 1)
     token = tl.load(drawn_ptr + i)
+    column = tl.minimum(tl.load(num_computed_ptr + row) + 1 + index, num_columns - 1)
+    tl.store(token_ids_ptr + row * token_stride + column, token.to(tl.int32))
     wanted = tl.load(positions_ptr + i) + 1
     position = tl.minimum(wanted, limit - 1)
     block = tl.load(table_ptr + i * table_stride + position // BLOCK_SIZE).to(tl.int64)
@@ -151,6 +162,8 @@ def advance_drafts(
     drawn: Tensor,
     places: Tensor,
     block_table: Tensor,
+    token_ids: Tensor,
+    num_computed_tokens: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     seq_lens: Tensor,
@@ -162,10 +175,10 @@ def advance_drafts(
 ) -> None:
     """:func:`kernels.draft_step.advance_drafts`."""
     if len(drawn):
+        tables = (block_table, token_ids, num_computed_tokens)
         buffers = (input_ids, positions, seq_lens, slot_mapping, drafts)
-        _advance(
-            (drawn, places, block_table, *buffers), block_size, trash_block * block_size, index
-        )
+        tensors = (drawn, places, *tables, *buffers)
+        _advance(tensors, block_size, trash_block * block_size, index)
 
 
 @planned
@@ -173,6 +186,8 @@ def _advance(
     drawn: Tensor,
     _places: Tensor,
     block_table: Tensor,
+    token_ids: Tensor,
+    _num_computed_tokens: Tensor,
     _input_ids: Tensor,
     _positions: Tensor,
     _seq_lens: Tensor,
@@ -186,7 +201,9 @@ def _advance(
         advance_drafts_kernel,
         (len(drawn),),
         block_table.stride(0),
+        token_ids.stride(0),
         drafts.stride(0),
+        token_ids.shape[1],
         trash_slot,
         index,
         BLOCK_SIZE=block_size,
@@ -207,7 +224,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
 
     def advance() -> None:
         advance_drafts(
-            long(4), long(4, 2), short(4, 5),
+            long(4), long(4, 2), short(4, 5), short(9, 65), long(9),
             long(4), long(4), short(4), long(4), long(4, 5), 16, 99, 1,
         )  # fmt: skip
 

@@ -60,7 +60,6 @@ from kernels.triton.tiles import (
     round_query,
 )
 
-_MAX_TILE_ROWS = 64
 _BLOCK_B = (1, 16, 128, 256, 1024)  # requests looked at together; each is a kernel of its own
 _MIN_COUNTERS = 1 << 17
 _COUNTERS: dict[torch.device, list[Tensor]] = {}
@@ -399,20 +398,20 @@ def _decode(
     # Lengths of drafts and of prompts' last pieces vary: five kernels serve 1 to 16 queries.
     max_rows = triton.next_power_of_2(max_query_len) * group
     scales, products = scale_mode(k_cache, k_scale), products_dtype(q, k_cache)
-    block_m = min(max(16, triton.next_power_of_2(max_rows)), _MAX_TILE_ROWS)
-    block_r = min(triton.next_power_of_2(max_rows), _MAX_TILE_ROWS)
     block_d = max(32, triton.next_power_of_2(head_dim))
-    programs_per_item = num_kv_heads * triton.cdiv(max_rows, block_m)
     num_requests = len(seq_lens)
     if tiling is None:
         tiling = choose_tiling(
             head_dim,
             k_cache.dtype,
             max_rows,
-            is_few=num_requests * programs_per_item <= num_multiprocessors(q.device)
+            is_few=num_requests * num_kv_heads <= num_multiprocessors(q.device)
             and has_large_shared_memory(q.device),
             has_token_scales=scales == int(TOKEN_SCALE.value),
         )
+    block_r = min(triton.next_power_of_2(max_rows), tiling.max_tile_rows)
+    block_m = max(16, block_r)
+    programs_per_item = num_kv_heads * triton.cdiv(max_rows, block_m)
     programs = num_multiprocessors(q.device) * tiling.programs_per_multiprocessor
     num_items = max(1, programs // programs_per_item)
     is_dependent = has_dependent_launch(q.device)

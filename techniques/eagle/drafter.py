@@ -24,7 +24,6 @@ from workbench.core.errors import ConfigError, unknown_name
 from workbench.core.step import ForwardBatch
 from workbench.engine.draft_runner import DraftDraws, DraftRunner
 from workbench.engine.followed import FollowedPlaces
-from workbench.engine.tokens_to_read import TokensToRead
 from workbench.engine.trees import is_chain
 from workbench.engine.upload import upload
 from workbench.models.spec import ModelSpec
@@ -136,10 +135,10 @@ class HeadDrafter(Drafter):
         #: Of the last step: features of its pairs, and whose they are.
         self._features: torch.Tensor | None = None
         self._of_prepared: torch.Tensor | None = None  # where prepared steps leave them
-        #: Rows, and tokens on their way, of drafts that were begun behind the step that is queued,
-        #: and behind the last one whose tokens are known.
-        self._begun: tuple[list[int], TokensToRead] | None = None
-        self._ahead: tuple[list[int], TokensToRead] | None = None
+        #: Rows of drafts that were begun behind the step that is queued, and behind the last one
+        #: whose tokens are known.
+        self._begun: frozenset[int] = frozenset()
+        self._ahead: frozenset[int] = frozenset()
         self._places = FollowedPlaces()
         self._passes_before = self._tokens_before = 0
         self.reset_counters()
@@ -171,7 +170,7 @@ class HeadDrafter(Drafter):
         self._passes_before = self._tokens_before = 0
         self._features, self._places = None, FollowedPlaces()
         self._step, self._of_prepared = None, None
-        self._begun, self._ahead = None, None
+        self._begun = self._ahead = frozenset()
         graphs, parts = binding.graph_runner, binding.step_parts
         if not graphs.prepares:
             return
@@ -197,7 +196,7 @@ class HeadDrafter(Drafter):
     def follow(self, step: FollowedStep) -> None:
         """Write keys and values of the step's tokens, each joined with the one after it."""
         batch = step.batch
-        self._ahead, self._begun = self._begun, None
+        self._ahead, self._begun = self._begun, frozenset()
         if step.is_followed:
             assert self._of_prepared is not None
             self._features = self._of_prepared[: batch.num_tokens]
@@ -240,7 +239,7 @@ class HeadDrafter(Drafter):
         first = torch.arange(each - 2, each * count, each, device=num_new.device)
         index = first + num_new - step.places[:count, 1]
         self._run_prepared(rows, self._of_prepared, index, size)
-        self._begun = (rows, TokensToRead(own.drafts[:count]))
+        self._begun = frozenset(rows)
 
     def propose(self, context: DraftContext) -> DraftTokens:
         model, runner, features = self._model, self._runner, self._features
@@ -263,8 +262,13 @@ class HeadDrafter(Drafter):
         if self._trees is not None:
             return self._draft_trees(self._trees, starts, features, drafts)
         probs: list[torch.Tensor | None] | None = None
-        ahead, self._ahead = self._ahead, None
-        tokens = self._read_ahead(ahead, starts) or self._draft_prepared(starts, features)
+        ahead, self._ahead = self._ahead, frozenset()
+        if ahead.issuperset(start.row for start in starts):
+            for start in starts:
+                drafts[start.index] = [0] * start.limit
+                self._drafted_tokens += start.limit
+            return DraftTokens(drafts, on_device=[True] * len(drafts))
+        tokens = self._draft_prepared(starts, features)
         if tokens is None:
             tokens, found = self._draft_eager(starts, features)
             if found is not None:
@@ -275,20 +279,6 @@ class HeadDrafter(Drafter):
             drafts[start.index] = drawn[: start.limit]
             self._drafted_tokens += start.limit
         return DraftTokens(drafts, probs)
-
-    @staticmethod
-    def _read_ahead(
-        ahead: tuple[list[int], TokensToRead] | None, starts: Sequence[_Start]
-    ) -> list[list[int]] | None:
-        """Tokens of drafts that were begun; None where those are not of these requests."""
-        if ahead is None:
-            return None
-        rows, tokens = ahead
-        place_of = {row: place for place, row in enumerate(rows)}
-        if not all(start.row in place_of for start in starts):
-            return None
-        found = tokens.read()
-        return [found[place_of[start.row]] for start in starts]
 
     def _draft_prepared(
         self, starts: Sequence[_Start], features: torch.Tensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.slots.drafter import DraftContext
+from workbench.slots.drafter import DraftContext, DraftTokens
 
 
 def text_like(count: int, seed: int = 0, vocab: int = 3000) -> list[int]:
@@ -62,3 +62,14 @@ def num_opcodes(call: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def read_drafts(drafter: Any, context: DraftContext, drafts: DraftTokens) -> list[list[int]]:
+    """Proposed tokens by request, those that are on the device alone among them."""
+    table, found = drafter._binding.table, list(drafts.token_ids)
+    for i, is_there in enumerate(drafts.on_device or ()):
+        if is_there and found[i]:
+            known = len(context.token_ids[i])
+            behind = table.token_ids[context.rows[i], known : known + len(found[i])]
+            found[i] = behind.tolist()
+    return found

@@ -105,11 +105,11 @@ def test_inputs_are_the_reference_s(kind: str, block_size: int, each: int, ids_a
 @pytest.mark.parametrize("block_size", [1, 16, 48])
 @pytest.mark.parametrize("kind", PLACES)
 def test_what_is_moved_on_is_the_reference_s(kind: str, block_size: int) -> None:
-    tables, rows = Tables(block_size), PLACES[kind]
-    places = tables.places(rows)
-    given = (places, tables.token_ids, tables.computed, tables.block_table)
     found = []
     for is_ours in (True, False):
+        tables, rows = Tables(block_size), PLACES[kind]
+        places = tables.places(rows)
+        given = (places, tables.token_ids, tables.computed, tables.block_table)
         buffers = tables.buffers(len(rows), 1)
         fill_by_reference(given, buffers, block_size, 0)
         table = buffers.pop("batch_block_table")
@@ -117,13 +117,18 @@ def test_what_is_moved_on_is_the_reference_s(kind: str, block_size: int) -> None
         buffers["drafts"] = drafts[: len(rows)]
         for index in range(NUM_DRAFTS):
             drawn = torch.arange(len(rows), device=DEVICE) + 100 * index
+            if rows.count(PADDING) > 1:  # whose places write to one row
+                drawn[rows.index(PADDING) :] = 7
+            books = (tables.token_ids, tables.computed)
             if is_ours:
+                buffers |= dict(zip(("token_ids", "num_computed_tokens"), books, strict=True))
                 advance_drafts(drawn, places, table, block_size, TRASH, **buffers, index=index)
                 continue
             advance_drafts_reference(
                 drawn,
                 places,
                 table,
+                *books,
                 buffers["input_ids"],
                 buffers["positions"],
                 buffers["seq_lens"],
@@ -134,9 +139,13 @@ def test_what_is_moved_on_is_the_reference_s(kind: str, block_size: int) -> None
                 index,
             )
         assert (drafts[-1] == POISON).all()
-        found.append(buffers)
-    for name, tensor in found[0].items():
-        assert torch.equal(tensor, found[1][name]), name
+        found.append({**buffers, "token_ids": tables.token_ids})
+    for name, tensor in found[1].items():
+        assert torch.equal(tensor, found[0][name]), name
+    for i, row in enumerate(rows):  # drafts stand behind the last known token
+        first = int(tables.computed[row]) + 1
+        behind = found[0]["token_ids"][row, first : first + NUM_DRAFTS]
+        assert behind.tolist() == found[0]["drafts"][i].tolist()[: len(behind)]
     if kind == "all kinds":  # the first has room for its last token alone
         assert found[0]["slot_mapping"][0] == TRASH * block_size
         assert found[0]["positions"][0] == tables.computed[rows[0]]

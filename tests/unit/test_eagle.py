@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from techniques.draft_heads import EagleModule, Target
+from tests.helpers.drafting import read_drafts
 from tests.helpers.eagle_heads import eagle_head, eagle_module, loaded
 from tests.helpers.engines import check_idle, mixed_prompts, shared_engine, tiny_engine
 from tests.helpers.heads import untrained_heads
@@ -124,7 +125,8 @@ def check_every_draft(engine: Engine, module: EagleModule) -> list[int]:
 
     def checked(context: DraftContext) -> DraftTokens:
         drafts = propose(context)
-        for known, found in zip(context.token_ids, drafts.token_ids, strict=True):
+        proposed = read_drafts(drafter, context, drafts)
+        for known, found in zip(context.token_ids, proposed, strict=True):
             assert found == chain(module, known.tolist(), len(found))
             lengths.append(len(found))
         return drafts
@@ -265,8 +267,14 @@ def test_drafts_begin_behind_steps_that_are_queued() -> None:
     engine = engine_with("eagle3", *PAGED, *MIXED_PREPARED)
     lengths = check_every_draft(engine, eagle_module(target(), "eagle3"))
     drafter: Any = engine.parts.components["drafter"]
-    taken, read = list[bool](), drafter._read_ahead
-    drafter._read_ahead = lambda *args: (taken.append(args[0] is not None), read(*args))[1]
+    taken, propose = list[bool](), drafter.propose
+
+    def noted(context: DraftContext) -> DraftTokens:
+        drafts: DraftTokens = propose(context)
+        taken.append(drafts.on_device is not None and all(drafts.on_device))
+        return drafts
+
+    drafter.propose = noted
     found = engine.generate(prompts, params)
     assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
     assert lengths.count(5) > 10 and engine.counters()["drafter.failures"] == 0
@@ -274,7 +282,7 @@ def test_drafts_begin_behind_steps_that_are_queued() -> None:
     after = [b for a, b in itertools.pairwise(kinds) if a == VERIFY]
     assert set(after) == {DRAFT}
     assert taken.count(True) >= kinds.count(VERIFY) / 2
-    assert drafter._begun is None
+    assert not drafter._begun
 
 
 def test_sampled_requests_beside_greedy_ones_behind_prepared_steps() -> None:
@@ -291,9 +299,11 @@ def test_sampled_requests_beside_greedy_ones_behind_prepared_steps() -> None:
         drafter: Any = engine.parts.components["drafter"]
         propose, own = drafter.propose, list[list[list[int]]]()
 
-        def noted(context: DraftContext, propose: Any = propose, own: Any = own) -> DraftTokens:
+        def noted(
+            context: DraftContext, drafter: Any = drafter, propose: Any = propose, own: Any = own
+        ) -> DraftTokens:
             proposed: DraftTokens = propose(context)
-            own.append(proposed.token_ids)
+            own.append(read_drafts(drafter, context, proposed))
             return proposed
 
         drafter.propose = noted

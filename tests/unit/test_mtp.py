@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.drafting import read_drafts
 from tests.helpers.engines import check_idle, mixed_prompts, tiny_engine
 from tests.helpers.mtp_modules import (
     BASES,
@@ -80,7 +81,8 @@ def check_every_draft(engine: Engine, module: Reference) -> list[int]:
 
     def checked(context: DraftContext) -> DraftTokens:
         drafts = propose(context)
-        for known, found in zip(context.token_ids, drafts.token_ids, strict=True):
+        proposed = read_drafts(drafter, context, drafts)
+        for known, found in zip(context.token_ids, proposed, strict=True):
             assert found == module.chain(known.tolist(), len(found))
             lengths.append(len(found))
         return drafts

@@ -31,7 +31,7 @@ class DraftStep(PreparedStep):
         Row of the request table, and how many tokens its KV has room for, of each place; all that
         changes from outside.
     drafts : Tensor[B, K] int64
-        Of the last step.
+        Of the last step, which has also written them to the table, behind the known tokens.
     """
 
     kind = DRAFT
@@ -136,13 +136,16 @@ class DraftStep(PreparedStep):
                 query_lens_host=[1] * size,
                 extras={},
             )
-        for index in range(drafts.shape[1] - 1):
+        table, last = self.parts.table, drafts.shape[1] - 1
+        for index in range(last + 1):
             advance_drafts(
                 drawn,
                 places,
                 single.block_table,
                 single.block_size,
                 self.parts.pool.num_blocks,
+                token_ids=table.token_ids,
+                num_computed_tokens=table.num_computed_tokens,
                 input_ids=single.input_ids,
                 positions=single.positions,
                 seq_lens=single.seq_lens,
@@ -150,5 +153,5 @@ class DraftStep(PreparedStep):
                 drafts=drafts,
                 index=index,
             )
-            drawn = self.likeliest(runner.forward_prepared(single), None)
-        drafts[:, -1].copy_(drawn)
+            if index < last:
+                drawn = self.likeliest(runner.forward_prepared(single), None)

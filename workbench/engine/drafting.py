@@ -148,13 +148,17 @@ class Drafting:
             if draft == []:
                 continue
             probs = None if drafts.probs is None else drafts.probs[index]
-            reason = self._fault(draft, probs, context.max_draft_tokens[index])
+            limit = context.max_draft_tokens[index]
+            if drafts.on_device is not None and drafts.on_device[index]:
+                reason = self._length_fault(draft, limit)
+            else:
+                reason = self._fault(draft, probs, limit)
             if reason is None and drafts.parents is not None:
                 reason = self._tree_fault(draft, drafts.parents[index])
             if reason is not None:
                 self._give_up(context.request_ids[index], InvalidDraftError(reason))
                 valid[index] = []
-        return DraftTokens(valid, drafts.probs, drafts.parents)
+        return DraftTokens(valid, drafts.probs, drafts.parents, drafts.on_device)
 
     def finish(self, request_id: str) -> None:
         """Forget a request."""
@@ -176,13 +180,15 @@ class Drafting:
         drafts: list[list[int]] = [[] for _ in context.request_ids]
         probs: list[torch.Tensor | None] = [None] * len(drafts)
         parents: list[list[int] | None] = [None] * len(drafts)
+        on_device = [False] * len(drafts)
         if healthy:
             found = self._propose(context.take(healthy))
             for k, i in enumerate(healthy):
                 drafts[i] = found.token_ids[k]
                 probs[i] = None if found.probs is None else found.probs[k]
                 parents[i] = None if found.parents is None else found.parents[k]
-        return DraftTokens(drafts, probs, parents)
+                on_device[i] = found.on_device is not None and found.on_device[k]
+        return DraftTokens(drafts, probs, parents, on_device)
 
     def _propose_one_by_one(self, context: DraftContext, error: Exception) -> DraftTokens:
         """Find out for whom the drafter fails, since the others need not suffer."""
@@ -194,6 +200,7 @@ class Drafting:
             [drafts.token_ids[0] for drafts in alone],
             [None if drafts.probs is None else drafts.probs[0] for drafts in alone],
             [None if drafts.parents is None else drafts.parents[0] for drafts in alone],
+            [drafts.on_device is not None and drafts.on_device[0] for drafts in alone],
         )
 
     def _check_shape(self, drafts: DraftTokens, context: DraftContext) -> None:
@@ -213,11 +220,11 @@ class Drafting:
 
     def _fault(self, draft: list[int], probs: torch.Tensor | None, limit: int) -> str | None:
         """What is wrong with a request's drafts."""
-        limit = min(limit, self.drafter.num_lookahead_tokens)
         if not isinstance(draft, list):
             return f"it proposed {draft!r}, and drafts are a list"
-        if len(draft) > limit:
-            return f"it proposed {len(draft)} tokens where {limit} were allowed"
+        reason = self._length_fault(draft, limit)
+        if reason is not None:
+            return reason
         if not all(type(token) is int for token in draft):
             return f"it proposed {draft}, and ids are integers"
         if min(draft) < 0 or max(draft) >= self._vocab_size:
@@ -229,6 +236,13 @@ class Drafting:
                     f"its probabilities are {rows} x {width}, and {len(draft)} drafts over "
                     f"{self._vocab_size} ids need {len(draft)} x {self._vocab_size}"
                 )
+        return None
+
+    def _length_fault(self, draft: list[int], limit: int) -> str | None:
+        """Whether a request has more drafts than were asked for."""
+        limit = min(limit, self.drafter.num_lookahead_tokens)
+        if len(draft) > limit:
+            return f"it proposed {len(draft)} tokens where {limit} were allowed"
         return None
 
     def _tree_fault(self, draft: list[int], parents: list[int] | None) -> str | None:

@@ -359,7 +359,11 @@ class ModelRunner:
         drafts = proposed.token_ids
         self._proposed_probs.note(rows, proposed)
         self._proposed_trees.note(rows, proposed)
-        table.write_drafts(index, drafts)
+        to_write: Sequence[Sequence[int]] = drafts
+        if proposed.on_device is not None:
+            there = zip(drafts, proposed.on_device, strict=True)
+            to_write = [() if is_there else draft for draft, is_there in there]
+        table.write_drafts(index, to_write)
         return drafts
 
     def _follow(self, plan: SchedulerOutput, inputs: StepInputs, ends: list[int]) -> None:

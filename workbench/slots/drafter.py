@@ -180,11 +180,16 @@ class DraftTokens:
         Where a request's drafts are a tree, the draft that each one follows: an earlier one, or -1
         for the last known token. No two drafts that follow the same one are equal, and their
         ``probs`` are what each was drawn from given those before it.
+    on_device : list of bool, or None
+        Whose drafts are in the request table on the device already, behind the known tokens, or
+        will be before the next step runs. The host knows how many there are and not which: its
+        ``token_ids`` only count.
     """
 
     token_ids: list[list[int]]
     probs: torch.Tensor | Sequence[torch.Tensor | None] | None = None
     parents: Sequence[list[int] | None] | None = None
+    on_device: Sequence[bool] | None = None
 
 
 class Drafter(Component):
