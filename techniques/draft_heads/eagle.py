@@ -74,6 +74,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(in_features, layer.kv_size, bias=bias)
         self.v_proj = nn.Linear(in_features, layer.kv_size, bias=bias)
         self.o_proj = nn.Linear(layer.q_size, spec.hidden_size, bias=spec.o_bias)
+        self._table: torch.Tensor | None = None  # kept, as it comes from the host
 
     def forward(self, x: torch.Tensor, first_position: int, keys: UnrolledKeys) -> torch.Tensor:
         """``[B, S, in]`` at positions from ``first_position`` on to ``[B, S, H]``."""
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         def heads(y: torch.Tensor, count: int) -> torch.Tensor:
             return y.view(batch, size, count, shape.head_dim).transpose(1, 2)
 
-        table = self.rope.table(first_position + size, x.device)[first_position:]
+        table = self._angles(first_position + size, x.device)[first_position:]
         q = rotate(heads(self.q_proj(x), shape.num_heads), table)
         k = rotate(heads(self.k_proj(x), shape.num_kv_heads), table)
         v = heads(self.v_proj(x), shape.num_kv_heads)
@@ -91,6 +92,13 @@ class Attention(nn.Module):
         out = keys.attend(q, k, v, shape.scale)
         y: torch.Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, size, -1))
         return y
+
+    def _angles(self, size: int, device: torch.device) -> torch.Tensor:
+        """Cosines and sines of the first ``size`` positions."""
+        table = self._table
+        if table is None or len(table) < size or table.device != device:
+            table = self._table = self.rope.table(max(size, 512), device)
+        return table[:size]
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -126,32 +126,31 @@ class Trainee(ABC):
 
     @abstractmethod
     def logits(self, module: nn.Module, step: int, features: torch.Tensor) -> torch.Tensor:
-        """Logits of a step over the draft vocabulary, ``[N, draft_vocab]`` from ``[N, H]``."""
+        """Logits of a step over the draft vocabulary, ``[..., draft_vocab]`` from ``[..., H]``."""
 
     def layers(self, spec: HeadSpec) -> tuple[int, ...]:
         """Whose hidden states it reads beside the last."""
         return spec.aux_layers
 
     def loss(self, logits: torch.Tensor, wanted: Wanted) -> torch.Tensor:
-        """Mean loss of a step's guesses: cross-entropy with what the target gives each id."""
-        rows = -(wanted.probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
-        return rows.mean()
+        """Loss ``[B, S]`` of a step's guesses: cross-entropy with what the target gives each id."""
+        return -(wanted.probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
     def feature_loss(self, features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
-        """Mean loss of a step's features ``[N, H]`` beside what the target had; None where it may
-        have any."""
+        """Loss ``[B, S]`` of a step's features ``[B, S, H]`` beside what the target had; None where
+        it may have any."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a step's rows are to guess.
+    """What a step is to guess at each base.
 
     Attributes
     ----------
-    draft_ids : Tensor[N] int64
-        The token that stands in the text, as an id of the draft vocabulary.
-    probs : Tensor[N, draft_vocab]
+    draft_ids : Tensor[B, S] int64
+        The token that stands in the text, as an id of the draft vocabulary; 0 where it is none.
+    probs : Tensor[B, S, draft_vocab]
         What the target gave each id, over the draft vocabulary.
     """
 
@@ -194,7 +193,8 @@ class TrainMedusa(Trainee):
         return module.logits(step, features)
 
     def loss(self, logits: torch.Tensor, wanted: Wanted) -> torch.Tensor:
-        return F.cross_entropy(logits.float(), wanted.draft_ids)
+        rows = logits.float().flatten(0, 1), wanted.draft_ids.flatten()
+        return F.cross_entropy(*rows, reduction="none").view_as(wanted.draft_ids)
 
 
 class TrainUnrolled(Trainee):
@@ -261,7 +261,8 @@ class TrainEagle(TrainUnrolled):
         return self.options.token_weight * super().loss(logits, wanted)
 
     def feature_loss(self, features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
-        return self.options.feature_weight * F.smooth_l1_loss(features.float(), wanted.float())
+        rows = F.smooth_l1_loss(features.float(), wanted.float(), reduction="none").mean(-1)
+        return self.options.feature_weight * rows
 
 
 def _as_matrices(states: torch.Tensor) -> torch.Tensor:

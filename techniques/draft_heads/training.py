@@ -8,6 +8,7 @@ batch costs little beside writing text one token at a time.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from techniques.draft_heads.target import HiddenStates, Target
 from techniques.draft_heads.trainees import Trainee, Wanted
 from workbench.core.errors import ConfigError
 
+_STEPS_AHEAD = 16  # that the host may be of the device
 _ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -124,21 +126,22 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class _TargetLogits:
-    """What the target would write behind each of ``T`` tokens.
+class _TargetSays:
+    """What the target would write behind each token of a batch.
 
     Attributes
     ----------
-    final : Tensor[T, H]
+    final : Tensor[B, S, H]
         Hidden states that it is drawn from.
-    likeliest_counts : Tensor[T] bool
+    likeliest_counts : Tensor[B, S] bool
         Whether the likeliest token can be proposed.
-    draft_logits : Tensor[T, draft_vocab]
+    probs : Tensor[B, S, draft_vocab] float32
+        Over the draft vocabulary.
     """
 
     final: torch.Tensor
     likeliest_counts: torch.Tensor
-    draft_logits: torch.Tensor
+    probs: torch.Tensor
 
 
 class Trainer:
@@ -234,14 +237,16 @@ class Trainer:
             lr=options.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=options.weight_decay,
+            fused=self.device.type == "cuda",
         )
-        steps_each = sum(1 for _ in batches(corpus.train, options.batch_tokens, self.device))
-        total, every = steps_each * options.epochs, max(1, steps_each * options.epochs // 50)
+        text = list(batches(corpus.train, options.batch_tokens, self.device))
+        total = len(text) * options.epochs
+        every = max(1, total // 50)
         losses: list[tuple[int, float]] = []
         began, step, recent, said = time.monotonic(), 0, [], time.monotonic()
         # Measuring at the end takes about as long as it did at the start.
         stop_at = None if self.stop_at is None else self.stop_at - reserve_s
-        for batch in self._epochs(corpus.train):
+        for batch in self._epochs(text):
             done = step / total
             if stop_at is not None and step:
                 # The rate falls by the time that is left where that ends training sooner.
@@ -259,6 +264,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(module.parameters(), options.max_grad_norm)
             optimizer.step()
             recent.append(loss.detach())
+            if self.device.type == "cuda" and step % _STEPS_AHEAD == 0:
+                torch.cuda.synchronize()  # else the clock would run ahead of the device
             if step % every == 0 or step == total:
                 losses.append((step, float(torch.stack(recent).mean())))
                 recent = []
@@ -273,10 +280,11 @@ class Trainer:
             self.report(f"out of time after {step} of {total} steps")
         return losses, step, step < total
 
-    def _epochs(self, texts: list[Text]) -> Iterator[TextBatch]:
+    def _epochs(self, text: list[TextBatch]) -> Iterator[TextBatch]:
         for epoch in range(self.options.epochs):
-            seed = self.seed * 1009 + epoch
-            yield from batches(texts, self.options.batch_tokens, self.device, seed)
+            order = list(text)
+            random.Random(self.seed * 1009 + epoch).shuffle(order)
+            yield from order
 
     def _rate(self, done: float) -> float:
         """Share of the learning rate when this share of the training is done."""
@@ -286,60 +294,59 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
 
     def _loss(self, module: nn.Module, batch: TextBatch) -> torch.Tensor | None:
-        """Of a batch, over all steps of the chain; None where it has nothing to guess."""
+        """Of a batch, over all steps of the chain; None where it is too short for any.
+
+        Nothing here waits for the device: places that do not count are weighed with nothing, and
+        not left out.
+        """
         hidden = self._hidden(module, batch)
         num_steps = self.trainee.num_steps
-        total: torch.Tensor | None = None
-        weights = 0.0
+        losses, weights = list[torch.Tensor](), list[torch.Tensor]()
         with self._autocast():
             says = self._says(hidden)
             features = self.trainee.features(module, hidden, _longer(batch, num_steps), num_steps)
             for step, of_step in enumerate(features):
-                rows = self._rows(batch, says, step)
-                if rows is None:
+                bases = self._bases(batch, says, step)
+                if bases is None:
                     continue
-                base, wanted, following = rows
-                flat = of_step.reshape(-1, of_step.shape[-1])[base]
-                loss = self.trainee.loss(self.trainee.logits(module, step, flat), wanted)
-                beside = self.trainee.feature_loss(flat, following)
+                counts, wanted, following = bases
+                own = of_step[:, : counts.shape[1]]
+                loss = self.trainee.loss(self.trainee.logits(module, step, own), wanted)
+                beside = self.trainee.feature_loss(own, following)
                 loss = loss if beside is None else loss + beside
-                weight = self.trainee.options.decay**step
-                total = weight * loss if total is None else total + weight * loss
-                weights += weight
-        return None if total is None else total / weights
+                num = counts.sum()
+                losses.append(torch.where(counts, loss, 0.0).sum() / num.clamp(min=1))
+                weights.append((num > 0) * self.trainee.options.decay**step)
+        if not losses:
+            return None
+        weight = torch.stack(weights)
+        return (weight * torch.stack(losses)).sum() / weight.sum().clamp(min=1e-9)
 
     @torch.no_grad()
-    def _says(self, hidden: HiddenStates) -> _TargetLogits:
+    def _says(self, hidden: HiddenStates) -> _TargetSays:
         """What the target would write behind every token of a batch."""
-        final = hidden.final.reshape(-1, hidden.final.shape[-1])
-        logits = torch.nn.functional.linear(final, self.lm_head)
-        return _TargetLogits(
-            final, self.to_draft[logits.argmax(-1)] >= 0, logits[:, self.draft_ids]
-        )
+        logits = torch.nn.functional.linear(hidden.final, self.lm_head)
+        probs = logits[..., self.draft_ids].float().softmax(-1)
+        return _TargetSays(hidden.final, self.to_draft[logits.argmax(-1)] >= 0, probs)
 
     @torch.no_grad()
-    def _rows(
-        self, batch: TextBatch, says: _TargetLogits, step: int
+    def _bases(
+        self, batch: TextBatch, says: _TargetSays, step: int
     ) -> tuple[torch.Tensor, Wanted, torch.Tensor] | None:
-        """Bases ``[N]`` (in the flattened batch) of a step, what they are to guess, and the hidden
-        states ``[N, H]`` that the target drew it from; None where there is no base.
+        """Which of the first ``N`` tokens of each text are bases of a step, bool ``[B, N]``, what
+        they are to guess, and the hidden states ``[B, N, H]`` that the target drew it from; None
+        where the text is too short for any.
 
         Left out are bases whose token, or the target's likeliest, is not in the draft vocabulary.
         """
         shift, size = 2 + step, batch.token_ids.shape[1]
         if shift >= size:
             return None
-        usable = torch.zeros_like(batch.is_output)
-        usable[:, :-shift] = batch.is_output[:, shift:]
-        usable[:, :-shift] &= self.to_draft[batch.token_ids[:, shift:]] >= 0
-        usable[:, :-shift] &= says.likeliest_counts.view_as(usable)[:, shift - 1 : size - 1]
-        base = usable.flatten().nonzero().squeeze(1)
-        if not len(base):
-            return None
-        source = base + shift - 1
-        probs = says.draft_logits[source].float().softmax(-1)
-        draft_ids = self.to_draft[batch.token_ids.flatten()[base + shift]]
-        return base, Wanted(draft_ids, probs), says.final[source]
+        draft_ids = self.to_draft[batch.token_ids[:, shift:]]
+        source = slice(shift - 1, size - 1)
+        counts = batch.is_output[:, shift:] & (draft_ids >= 0) & says.likeliest_counts[:, source]
+        wanted = Wanted(draft_ids.clamp(min=0), says.probs[:, source])
+        return counts, wanted, says.final[:, source]
 
     def _hidden(self, module: nn.Module, batch: TextBatch) -> HiddenStates:
         key = id(batch.texts[0])  # of one batch in every pass over the text
