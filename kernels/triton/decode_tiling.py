@@ -35,13 +35,21 @@ class DecodeTiling:
 
 
 def choose_tiling(
-    head_dim: int, cache_dtype: torch.dtype, max_rows: int, *, is_few: bool, has_token_scales: bool
+    head_dim: int,
+    cache_dtype: torch.dtype,
+    max_rows: int,
+    *,
+    is_few: bool,
+    has_token_scales: bool,
+    are_tiles_few: bool = False,
 ) -> DecodeTiling:
     """The tiling that an H100 liked best for such a cache (experiments/gpu_attention.py).
 
     As many programs as are resident at a time: any more would wait for a whole share to end. With
     few requests (``is_few``: fewer pairs of a request and a KV head than multiprocessors) every
-    request is cut up, and fewer, larger programs leave fewer pieces to merge.
+    request is cut up, and fewer, larger programs leave fewer pieces to merge. Are also tiles of 16
+    rows few (``are_tiles_few``), each of a request's tiles has a program of its own: the kernel is as
+    long as its programs, and a product of 32 rows takes far longer than one of 16.
     """
     row_bytes = triton.next_power_of_2(head_dim) * cache_dtype.itemsize
     if cache_dtype == torch.float32:
@@ -54,6 +62,8 @@ def choose_tiling(
             return DecodeTiling(2 * block_n if has_token_scales else block_n, 4, 3, 2, min_share=1)
         return DecodeTiling(block_n, 2, 3, 4)
     block_n = max(16, min(128, 16384 // row_bytes))
+    if max_rows > 16 and are_tiles_few:
+        return DecodeTiling(2 * block_n, 4, 3, 1, min_share=1, max_tile_rows=16)
     if max_rows > 32:
         return DecodeTiling(block_n, 4, 3, 2)
     if is_few:

@@ -401,13 +401,15 @@ def _decode(
     block_d = max(32, triton.next_power_of_2(head_dim))
     num_requests = len(seq_lens)
     if tiling is None:
+        room = num_multiprocessors(q.device) if has_large_shared_memory(q.device) else 0
+        num_pairs = num_requests * num_kv_heads
         tiling = choose_tiling(
             head_dim,
             k_cache.dtype,
             max_rows,
-            is_few=num_requests * num_kv_heads <= num_multiprocessors(q.device)
-            and has_large_shared_memory(q.device),
+            is_few=num_pairs <= room,
             has_token_scales=scales == int(TOKEN_SCALE.value),
+            are_tiles_few=num_pairs * triton.cdiv(max_rows, 16) <= room,
         )
     block_r = min(triton.next_power_of_2(max_rows), tiling.max_tile_rows)
     block_m = max(16, block_r)

@@ -27,13 +27,13 @@ def test_in_the_interpreter() -> None:
     run_in_interpreter(__file__)
 
 
-def decode(case: PagedCase, tiling: str = "few", **options: Any) -> Any:
+def decode(case: PagedCase, tiling: str = "few", max_tile_rows: int = 64, **options: Any) -> Any:
     from kernels.triton.decode_tiling import DecodeTiling
     from kernels.triton.paged_decode import paged_decode
 
     block_n, programs = TILINGS[tiling]
     options.setdefault("max_query_len", max(case.query_lens))
-    chosen = DecodeTiling(block_n, 4, 2, programs, min_share=1)
+    chosen = DecodeTiling(block_n, 4, 2, programs, 1, max_tile_rows)
     return paged_decode(*case.arguments, **case.scales, tiling=chosen, **options)
 
 
@@ -74,6 +74,16 @@ def test_head_shapes_and_strided_caches_equal_fp64(
 ) -> None:
     case = PagedCase(query_lens, [40, 21], heads, kv_heads, dim, is_strided=True)
     case.check(decode(case), case.truth()[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("max_tile_rows", [16, 32])
+def test_queries_of_a_request_in_several_tiles_equal_fp64(max_tile_rows: int) -> None:
+    case = PagedCase([6, 1, 3], [40, 21, 3], 8, 1, 32, dtype=torch.bfloat16)
+    out, lse = decode(case, max_tile_rows=max_tile_rows, return_lse=True)
+    truth, truth_lse = case.truth()
+    case.check(out, truth)
+    case.check_lse(lse, truth_lse)
 
 
 @needs_kernels
