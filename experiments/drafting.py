@@ -50,12 +50,13 @@ class Options:
     texts
         Workloads, one after the other.
     eagle, medusa
-        Folders of trained heads, as of ``train_head``, which add rows: as chains, and as trees.
+        Folders of trained heads, as of ``train_head``, which add rows: as chains, and as trees;
+        ``none`` adds none, ``shipped`` takes the head that comes with the workbench for the model.
     """
 
     texts: tuple[str, ...] = ("code_edit", "summarize", "chat")
-    eagle: str = ""
-    medusa: str = ""
+    eagle: str = "shipped"
+    medusa: str = "none"
 
     def __post_init__(self) -> None:
         for name in self.texts:
@@ -65,9 +66,12 @@ class Options:
     def drafters(self) -> dict[str, tuple[str, ...]]:
         """Overrides by drafter."""
         more = {
-            name: (f"+technique=[{','.join(techniques)}]", f"engine.drafter.head={folder}")
+            name: (
+                f"+technique=[{','.join(techniques)}]",
+                f"engine.drafter.head={'null' if folder == 'shipped' else folder}",
+            )
             for name, techniques in HEADS.items()
-            if (folder := getattr(self, techniques[0]))
+            if (folder := getattr(self, techniques[0])) != "none"
         }
         return {**DRAFTERS, **more}
 

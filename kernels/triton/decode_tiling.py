@@ -48,8 +48,8 @@ def choose_tiling(
     As many programs as are resident at a time: any more would wait for a whole share to end. With
     few requests (``is_few``: fewer pairs of a request and a KV head than multiprocessors) every
     request is cut up, and fewer, larger programs leave fewer pieces to merge. Are also tiles of 16
-    rows few (``are_tiles_few``), each of a request's tiles has a program of its own: the kernel is as
-    long as its programs, and a product of 32 rows takes far longer than one of 16.
+    rows few (``are_tiles_few``), each tile of a request has programs of its own: the kernel is as
+    long as a program, and a product of 32 rows takes far longer than one of 16.
     """
     row_bytes = triton.next_power_of_2(head_dim) * cache_dtype.itemsize
     if cache_dtype == torch.float32:

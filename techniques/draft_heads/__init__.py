@@ -7,6 +7,7 @@ target wrote itself. What proposes with them at run time are techniques of their
 from techniques.draft_heads.eagle import EagleModule
 from techniques.draft_heads.files import HEAD_FILE, check_target, load_head, save_head
 from techniques.draft_heads.medusa import MedusaHead
+from techniques.draft_heads.shipped import shipped_head, targets_of_shipped
 from techniques.draft_heads.spec import KINDS, HeadSpec, eagle3_layers
 from techniques.draft_heads.target import Target
 
@@ -21,4 +22,6 @@ __all__ = [
     "eagle3_layers",
     "load_head",
     "save_head",
+    "shipped_head",
+    "targets_of_shipped",
 ]

@@ -16,6 +16,8 @@ from techniques.draft_heads import (
     check_target,
     eagle3_layers,
     load_head,
+    shipped_head,
+    targets_of_shipped,
 )
 from techniques.eagle.model import EagleModel, HeadModel
 from techniques.eagle.step import EagleStep
@@ -71,7 +73,8 @@ class EagleConfig(HeadDrafterConfig):
     Attributes
     ----------
     head
-        Folder of a head in a published layout; not read with random weights.
+        Folder of a head in a published layout; None: the one that comes with the workbench for
+        this model. Not read with random weights.
     kind
         With random weights: ``eagle`` or ``eagle3``.
     draft_vocab_size
@@ -400,21 +403,29 @@ class Eagle(HeadDrafter):
         if host.weights == "random":
             spec, state = self._draw(target, host.seed)
         else:
-            if self.config.head is None:
-                raise ConfigError(
-                    "engine.drafter.head names no trained head. Train one with `python -m "
-                    "workbench train_head kind=eagle3`, or name the folder of a published one "
-                    "for this model."
-                )
-            loaded = load_head(Path(self.config.head).expanduser(), target.spec)
+            loaded = load_head(self._folder(target), target.spec)
             check_target(loaded, target)
             spec, state = loaded.spec, loaded.state
             if spec.kind not in _KINDS:
                 raise ConfigError(
-                    f"the head in {self.config.head} is of kind {spec.kind}, and engine/drafter="
+                    f"the head in {loaded.folder} is of kind {spec.kind}, and engine/drafter="
                     f"eagle runs {' and '.join(_KINDS)}."
                 )
         self._model = EagleModel(spec, state, host.target, expected_tokens=1)
+
+    def _folder(self, target: Target) -> Path:
+        """Of the trained head: the one that is named, or that comes with the project."""
+        if self.config.head is not None:
+            return Path(self.config.head).expanduser()
+        folder = shipped_head(target, _KINDS)
+        if folder is None:
+            raise ConfigError(
+                "engine.drafter.head names no trained head, and none for this model comes with the "
+                f"workbench (those that come are for {', '.join(targets_of_shipped())}). Train one "
+                "with `python -m workbench train_head kind=eagle3`, or name the folder of a "
+                "published one for this model."
+            )
+        return folder
 
     def _draw(self, target: Target, seed: int) -> tuple[HeadSpec, dict[str, torch.Tensor]]:
         """A random head of this kind for a target."""

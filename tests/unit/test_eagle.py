@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from techniques.draft_heads import EagleModule, Target
 from tests.helpers.drafting import read_drafts
@@ -21,6 +22,7 @@ from workbench.core.errors import ConfigError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 from workbench.engine.engine import Engine
 from workbench.engine.trees import depths_of, path_to
+from workbench.models.store import ModelStoreError, resolve_model
 from workbench.slots.drafter import DraftContext, DraftTokens
 from workbench.slots.graph_runner import DRAFT, MIXED, VERIFY
 
@@ -472,7 +474,11 @@ def test_a_failing_head_costs_drafts_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["engine.drafter.head=null"], r"engine.drafter.head names no trained head.*train_head"),
+        (
+            ["engine.drafter.head=null"],
+            r"engine.drafter.head names no trained head, and none for this model comes with the "
+            r"workbench \(those that come are for smollm2-135m-instruct.*train_head",
+        ),
         (["engine.drafter.kind=eagle9"], r"eagle9"),
         (["engine.drafter.num_draft_tokens=0"], r"num_draft_tokens=0 must be 1 or more"),
     ],
@@ -480,6 +486,29 @@ def test_a_failing_head_costs_drafts_alone() -> None:
 def test_bad_options_are_named(settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_engine("engine/drafter=eagle", "engine/verifier=exact_match", *settings)
+
+
+def test_the_head_that_comes_for_the_default_model_drafts_what_it_writes() -> None:
+    try:
+        found = resolve_model("smollm2-135m-instruct", download=False)
+    except ModelStoreError:
+        pytest.skip("the default model is not in the store")
+    question = {"role": "user", "content": "List five tips for learning to cook."}
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True)["input_ids"]
+    texts: list[list[int]] = []
+    for drafting in (
+        [],
+        ["engine/drafter=eagle"],
+        ["engine/drafter=eagle", "engine.drafter.tree=true"],
+    ):
+        settings = [*drafting, "engine/verifier=exact_match"] if drafting else []
+        engine = tiny_engine(*settings, model=found.path, max_num_seqs=1, max_model_len=160)
+        (output,) = engine.generate([prompt], [SamplingParams(max_tokens=64)])
+        texts.append(output.token_ids)
+        if drafting:
+            assert engine.counters()["verifier.mean_accepted_length"] > 1.8
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_head_for_another_model_is_refused() -> None:
