@@ -8,7 +8,9 @@ one without serve the same batches in turn; only steps in which the whole batch 
 step of speculation that yields ``a`` tokens a request is worth ``a`` plain ones, so the speed-up is
 ``a * plain / step`` and drafts pay from ``a = step / plain`` on: that line is drawn, and beside it
 the speed-ups that were measured. With ``drafter=synthetic`` drafts cost nothing but their
-verification; another drafter is run for what it costs. Everything else on the command line goes to
+verification; another drafter is run for what it costs. With ``adaptive=true`` the engine with a
+drafter chooses itself whether to draft, and how much: its speed-ups should not fall below 1, and
+steps with drafts and without count alike. Everything else on the command line goes to
 Hydra and holds for both engines.
 """
 
@@ -68,6 +70,11 @@ class Options:
         Of both engines.
     base_techniques
         Of the engine without speculation alone, such as ``overlap``.
+    adaptive
+        Whether ``adaptive_drafts`` chooses the length; then ``base_techniques`` hold for both, and
+        steps are counted only once it had ``learning_steps``.
+    learning_steps
+        See there.
     results_dir
         Where records go.
     """
@@ -81,6 +88,8 @@ class Options:
     drafter: str = "synthetic"
     techniques: tuple[str, ...] = ("continuous_batching", "paged_attention")
     base_techniques: tuple[str, ...] = ("",)
+    adaptive: bool = False
+    learning_steps: int = 64
     results_dir: str = "results/local"
 
     def __post_init__(self) -> None:
@@ -91,6 +100,7 @@ class Options:
             ("input_len", (self.input_len,), 1),
             ("num_steps", (self.num_steps,), 1),
             ("rounds", (self.rounds,), 1),
+            ("learning_steps", (self.learning_steps,), 0),
         ):
             if not values or min(values) < least:
                 raise ConfigError(f"{name}={','.join(map(str, values))} must be {least} or more.")
@@ -116,10 +126,12 @@ def make_engine(
     return build_engine(engine_config(compose_config([*overrides, *chosen]), limits))
 
 
-def decode(engine: Engine, batch_size: int, options: Options, most_each: int) -> Steps:
+def decode(
+    engine: Engine, batch_size: int, options: Options, most_each: int, warm_up: int = _WARM_UP
+) -> Steps:
     """Let a batch decode, and time the steps in which all of it does and nothing else runs."""
     engine.clear_cached()
-    wanted = _WARM_UP + options.num_steps
+    wanted = warm_up + options.num_steps
     params = SamplingParams(max_tokens=1 + most_each * (wanted + 2), ignore_eos=True)
     generator = torch.Generator().manual_seed(batch_size)
     prompts = torch.randint(
@@ -135,7 +147,7 @@ def decode(engine: Engine, batch_size: int, options: Options, most_each: int) ->
         step = engine.steps[-1]
         if step.num_requests == batch_size and not step.num_prompt_tokens:
             seconds.append(took)
-            if len(seconds) > _WARM_UP:
+            if len(seconds) > warm_up:
                 num_tokens += step.num_output_tokens
                 timed.append(step)
     for request_id in ids:
@@ -148,7 +160,7 @@ def decode(engine: Engine, batch_size: int, options: Options, most_each: int) ->
         for name in sorted(names)
     }
     parts["device"] = round(statistics.median(step.device_us for step in timed), 1)
-    return Steps(seconds[_WARM_UP:], num_tokens / (batch_size * options.num_steps), parts)
+    return Steps(seconds[warm_up:], num_tokens / (batch_size * options.num_steps), parts)
 
 
 def measure_length(
@@ -162,8 +174,13 @@ def measure_length(
         f"engine.drafter.num_draft_tokens={num_drafts}",
         "engine.verifier.mean_accepted_length=1.0",
     ]
-    longest = _longest(options, num_drafts + 1)
-    engine = make_engine(options, [*overrides, *speculation], options.techniques, longest)
+    warm_up, techniques = _WARM_UP, list(options.techniques)
+    if options.adaptive:
+        warm_up = max(warm_up, options.learning_steps)
+        speculation.append("engine/draft_length=adaptive")
+        techniques += options.base_techniques
+    longest = _longest(options, num_drafts + 1, warm_up)
+    engine = make_engine(options, [*overrides, *speculation], techniques, longest)
     verifier = engine.parts.components["verifier"]
     assert isinstance(verifier, SyntheticVerifier)
     lengths = [a for a in options.acceptance_lengths if a <= num_drafts + 1]
@@ -178,7 +195,7 @@ def measure_length(
             plain_s.append(statistics.median(base.seconds))
             for asked in lengths:
                 verifier.accept(asked, num_drafts)
-                found = decode(engine, batch_size, options, num_drafts + 1)
+                found = decode(engine, batch_size, options, num_drafts + 1, warm_up)
                 step_s.append(statistics.median(found.seconds))
                 yielded[asked].append(found.tokens_each)
                 rate = found.tokens_each / statistics.mean(found.seconds)
@@ -209,8 +226,8 @@ def measure_length(
     return entries
 
 
-def _longest(options: Options, most_each: int) -> int:
-    return 2 + most_each * (_WARM_UP + options.num_steps + 3)
+def _longest(options: Options, most_each: int, warm_up: int = _WARM_UP) -> int:
+    return 2 + most_each * (warm_up + options.num_steps + 3)
 
 
 def result_table(entries: Sequence[dict[str, Any]]) -> Table:
@@ -304,6 +321,7 @@ def main(arguments: Sequence[str]) -> int:
         "command": line,
         "engine": {k: info[k] for k in ("model", "weights", "dtype", "device", "attention")},
         "drafter": options.drafter,
+        "adaptive": options.adaptive,
         "techniques": [name for name in options.techniques if name],
         "base_techniques": [name for name in options.base_techniques if name],
         "entries": entries,

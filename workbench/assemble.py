@@ -360,6 +360,7 @@ def _make_runner(
             verifier=built["verifier"],
             draft_length=built["draft_length"],
             vocab_size=decoder.spec.vocab_size,
+            plans_ahead=builder.cls("loop").plans_ahead,
             decode_step=steps.decode,
             verify_step=steps.verify,
             mixed_step=steps.mixed,

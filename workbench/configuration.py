@@ -30,7 +30,7 @@ _MARKER_KEYS = {
     "paper",
     "measure",
 }
-_OPTIONAL_KEYS = {"yields", "quality_bound"}
+_OPTIONAL_KEYS = {"yields", "quality_bound", "reconciles"}
 _LOSSLESSNESS = ("exact", "distributional", "lossy")
 
 
@@ -49,6 +49,8 @@ class Marker:
         neither was asked for.
     conflicts
         Other techniques that must not be there.
+    reconciles
+        Techniques that may be there in spite of a conflict with others, where this one is too.
     losslessness
         ``exact``, ``distributional`` or ``lossy``: the gate that its outputs must pass.
     evidence
@@ -72,6 +74,7 @@ class Marker:
     measure: dict[str, str]
     yields: tuple[str, ...] = ()
     quality_bound: float | None = None
+    reconciles: tuple[str, ...] = ()
 
     def lacking(self, names: Sequence[str]) -> list[str]:
         """Techniques to add to ``names`` so that all that is required is there."""
@@ -114,6 +117,7 @@ class Marker:
             measure=dict(node["measure"]),
             yields=tuple(node.get("yields", [])),
             quality_bound=None if bound is None else float(bound),
+            reconciles=tuple(node.get("reconciles", [])),
         )
 
 
@@ -323,6 +327,7 @@ def _check_clashes(composed: Composed) -> None:
                     f"techniques {other.name!r} and {marker.name!r} both fill slot {slot!r}: "
                     "take one of them out of +technique=[...]."
                 )
+    reconciled = {name for marker in composed.techniques.values() for name in marker.reconciles}
     for marker in composed.techniques.values():
         for slot, option in marker.slots.items():
             chosen = composed.choices.get(f"engine/{slot}")
@@ -334,11 +339,17 @@ def _check_clashes(composed: Composed) -> None:
                     f"engine/{slot}={chosen} was asked for: drop one of the two."
                 )
         for name in marker.conflicts:
-            if name in composed.techniques:
+            if name in composed.techniques and reconciled.isdisjoint((name, marker.name)):
                 raise ConfigError(
                     f"techniques {marker.name!r} and {name!r} cannot run together: take one of "
-                    "them out of +technique=[...]."
+                    f"them out of +technique=[...]{_reconcilers(name, marker.name)}."
                 )
+
+
+def _reconcilers(*names: str) -> str:
+    """Who would let these techniques run together, for a message."""
+    known = [m.name for m in load_markers().values() if set(names) & set(m.reconciles)]
+    return f", or add {' or '.join(known)}" if known else ""
 
 
 def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:

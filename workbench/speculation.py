@@ -40,12 +40,13 @@ def build_speculation(builder: Builder) -> Speculation:
         They do not.
     """
     drafter, verifier = builder.build("drafter"), builder.build("verifier")
-    loop = builder.cls("loop")
-    if drafter.num_lookahead_tokens and loop.plans_ahead:
+    loop, is_switched = builder.cls("loop"), builder.cls("draft_length").observes
+    if drafter.num_lookahead_tokens and loop.plans_ahead and not is_switched:
         raise ConfigError(
             f"drafter {type(drafter).__name__} has to see a step's tokens before the next one is "
             f"planned, and loop {loop.__name__} plans it before. Choose engine/loop=sync, or "
-            "engine/drafter=none."
+            "engine/draft_length=adaptive, under which steps are planned ahead while drafts do not "
+            "pay, or engine/drafter=none."
         )
     if drafter.num_lookahead_tokens and not verifier.accepts_drafts:
         raise ConfigError(

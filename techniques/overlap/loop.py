@@ -19,7 +19,8 @@ class OverlappedLoop(Loop):
 
     While step N runs, the host books it as if its tokens were known, plans step N + 1 and queues
     it; only then it waits for the tokens of step N. A request that such a token ends has run in
-    step N + 1 for nothing: what that step has of it is dropped.
+    step N + 1 for nothing: what that step has of it is dropped. Where drafts may follow a step, or
+    are verified in it, its tokens are read before the next one is planned.
     """
 
     plans_ahead = True
@@ -55,6 +56,10 @@ class OverlappedLoop(Loop):
                 scheduler.plan_failed(plan)
                 raise
         plan, running, span = self._running
+        if self._assumed is None and (running.is_read_first or any(plan.num_draft_tokens)):
+            done = FinishedStep(plan, running.result(), spans=(span,))
+            self._running = None
+            return done
         if self._assumed is None:
             began = time.perf_counter()
             self._assumed = scheduler.assume(plan)
@@ -92,8 +97,7 @@ class OverlappedLoop(Loop):
         assert self._running is not None
         plan, running, _ = self._running
         self._running = None
-        running.result()
-        assert not scheduler.assume(plan).sampled, "somebody is left"
+        assert not scheduler.update_from_output(plan, running.result()), "somebody is left"
 
     def counters(self) -> dict[str, float]:
         return dict(self._counts)

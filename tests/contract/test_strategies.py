@@ -137,7 +137,7 @@ class TestLoop:
     def test_every_step_is_planned_run_and_returned_once(self, option: str) -> None:
         scheduler = make_scheduler(Choice())
         loop = component("loop", option)
-        runner = FakeRunner(scheduler, max_drafts=0 if loop.plans_ahead else 2)
+        runner = FakeRunner(scheduler, max_drafts=2)
         executor = InProcess(runner=runner)
         for index in range(9):
             scheduler.add(make_request(f"r{index}", prompt_len=3 + index, max_tokens=5))

@@ -121,9 +121,11 @@ def declared_conflict(techniques: Sequence[str]) -> bool:
                 return True
         return False
 
+    closed = with_requirements(techniques)
+    reconciled = {name for technique in closed for name in markers[technique].reconciles}
     return any(
-        b in markers[a].conflicts or share_a_slot(a, b)
-        for a, b in itertools.permutations(with_requirements(techniques), 2)
+        (b in markers[a].conflicts and reconciled.isdisjoint((a, b))) or share_a_slot(a, b)
+        for a, b in itertools.permutations(closed, 2)
     )
 
 

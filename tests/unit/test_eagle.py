@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from techniques.draft_heads import EagleModule, Target
+from tests.helpers.comings import NowAndThen
 from tests.helpers.drafting import read_drafts
 from tests.helpers.eagle_heads import eagle_head, eagle_module, loaded
 from tests.helpers.engines import check_idle, mixed_prompts, shared_engine, tiny_engine
@@ -174,6 +175,22 @@ def test_drafts_are_the_modules_behind_prepared_steps(kind: str) -> None:
     assert {VERIFY, MIXED, DRAFT} <= set(runner.kinds)
     assert counts["drafter.draft_passes"] >= 5 * runner.kinds.count(DRAFT)
     assert any(s.graph_mode == "eager" for s in engine.steps), "prompts too long for a mixed step"
+
+
+@pytest.mark.parametrize("settings", [(), MIXED_PREPARED], ids=["eager", "prepared"])
+def test_drafts_are_the_modules_behind_steps_that_were_planned_ahead(
+    settings: tuple[str, ...],
+) -> None:
+    overlapped = ("engine/loop=overlapped", "engine/draft_length=adaptive")
+    engine = engine_with("eagle3", *PAGED, *overlapped, *settings)
+    runner: Any = engine.parts.executor.runner  # type: ignore[attr-defined]
+    runner.drafting.draft_length = NowAndThen(1, num_lookahead_tokens=5)
+    lengths = check_every_draft(engine, eagle_module(target(), "eagle3"))
+    params = [SamplingParams(max_tokens=3 * NEW - i, ignore_eos=True) for i in range(7)]
+    engine.generate(mixed_prompts(7, longest=40, seed=6), params)
+    counts = engine.counters()
+    assert counts["drafter.failures"] == 0 and sum(map(bool, lengths)) > 10
+    assert counts["loop.steps_ahead"] > 20
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])

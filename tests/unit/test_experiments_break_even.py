@@ -47,6 +47,18 @@ def test_the_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "break-even" in capsys.readouterr().out
 
 
+def test_a_controller_that_learnt_chooses(tmp_path: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    options = ("adaptive=true", "learning_steps=20", "base_techniques=overlap", "draft_lengths=3")
+    assert break_even.main([*SMALL, *options, f"model={model}", f"results_dir={tmp_path}"]) == 0
+    (file,) = tmp_path.glob("*_break_even.jsonl")
+    record: dict[str, Any] = json.loads(file.read_text())
+    assert record["adaptive"] is True
+    for entry in record["entries"]:
+        for point in entry["measured"]:
+            assert 1.0 <= point["accepted_length"] <= point["asked_length"] + 0.6
+
+
 @pytest.mark.parametrize("text", ["batch_sizes=0", "num_steps=0", "acceptance_lengths=0.5"])
 def test_impossible_options_are_named(text: str) -> None:
     name, _, value = text.partition("=")

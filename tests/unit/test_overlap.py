@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.helpers.comings import make_traffic
 from tests.helpers.engines import check_idle, mixed_prompts, tiny_engine
 from tests.helpers.prepared import PREPARED
-from workbench.core.errors import ConfigError
 from workbench.core.sampling import SamplingParams
-from workbench.engine.engine import Engine
 
 OVERLAPPED = "engine/loop=overlapped"
 CHUNKED = ("engine/prefill=chunked", "engine.prefill.chunk_tokens=16")
@@ -45,63 +43,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], int]] = {
     "prepared": ((*PAGED, *PREPARED), 0),
     "prepared, pre-empted": ((*PAGED, *TIGHT, *PREPARED), 144),
 }
-
-
-@dataclass
-class Traffic:
-    """Requests that arrive and are aborted at given steps."""
-
-    prompts: list[list[int]]
-    params: list[SamplingParams]
-    arrivals: list[int]
-    aborted: dict[int, int]  # request to step
-
-    def serve(self, engine: Engine) -> dict[int, tuple[list[int], str | None]]:
-        """Tokens and end of each request, as they came out step by step."""
-        tokens: dict[int, list[int]] = {i: [] for i in range(len(self.prompts))}
-        ended: dict[int, str | None] = {}
-        step = 0
-        while len(ended) < len(self.prompts):
-            for i, arrival in enumerate(self.arrivals):
-                if arrival == step:
-                    engine.add_request(self.prompts[i], self.params[i], f"r{i}")
-                if self.aborted.get(i) == step and i not in ended:
-                    engine.abort(f"r{i}")
-                    ended[i] = "abort"
-            for output in engine.step():
-                i = int(output.request_id[1:])
-                tokens[i] += output.new_token_ids
-                assert output.token_ids[: len(tokens[i])] == tokens[i]
-                assert -1 not in output.token_ids, "a token that nobody knows came out"
-                if output.finished:
-                    ended[i] = output.outputs[0].finish_reason
-                    assert output.token_ids == tokens[i]
-            engine.check_integrity()
-            step += 1
-            assert step < 2000
-        while engine.has_unfinished():
-            engine.step()
-        check_idle(engine)
-        return {i: (tokens[i], ended[i]) for i in tokens}
-
-
-def make_traffic(seed: int, stops: dict[int, tuple[int, ...]] | None = None) -> Traffic:
-    rng = random.Random(seed)
-    prompts = mixed_prompts(14, seed=seed, longest=50)
-    prompts = [p if rng.random() < 0.6 else prompts[0] + p for p in prompts]
-    params = [
-        SamplingParams(
-            max_tokens=rng.randint(1, 30),
-            ignore_eos=True,
-            stop_token_ids=list((stops or {}).get(i, ())),
-            temperature=rng.choice([0.0, 0.0, 0.8]),
-            seed=i,
-        )
-        for i in range(len(prompts))
-    ]
-    arrivals = [rng.choice([0, 0, rng.randint(1, 20)]) for _ in prompts]
-    aborted = {i: arrivals[i] + rng.randint(1, 30) for i in rng.sample(range(14), 3)}
-    return Traffic(prompts, params, arrivals, aborted)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -157,16 +98,12 @@ def test_a_stop_token_as_the_last_one_is_a_stop_and_no_length() -> None:
         assert output.token_ids == tokens[:last]
 
 
-def test_a_drafter_is_refused() -> None:
-    with pytest.raises(ConfigError, match="engine/loop=sync"):
-        tiny_engine(OVERLAPPED, "engine/drafter=ngram", "engine/verifier=exact_match")
-
-
 class Interrupted:
     """A step whose wait is interrupted once, as by Ctrl-C while the device works."""
 
     def __init__(self, real: Any) -> None:
         self.real, self.is_due = real, True
+        self.is_read_first = real.is_read_first
 
     def result(self) -> Any:
         if self.is_due:

@@ -68,6 +68,7 @@ def list_command(arguments: Sequence[str]) -> int:
                     "slots": list(m.slots),
                     "requires": list(m.requires),
                     "conflicts": list(m.conflicts),
+                    "reconciles": list(m.reconciles),
                     "losslessness": m.losslessness,
                     "paper": m.paper,
                     "summary": m.summary,
@@ -86,6 +87,8 @@ def list_command(arguments: Sequence[str]) -> int:
             notes.append("requires " + ", ".join(r.replace("|", " or ") for r in m.requires))
         if m.conflicts:
             notes.append(f"conflicts with {', '.join(m.conflicts)}")
+        if m.reconciles:
+            notes.append(f"lifts conflicts with {', '.join(m.reconciles)}")
         slots = "\n".join(f"{slot}={option}" for slot, option in m.slots.items())
         table.add_row(m.name, slots, "\n".join(notes))
     Console().print(table)

@@ -82,6 +82,7 @@ class Drafting:
         self.drafter = drafter
         self.draft_length: DraftLength = draft_length or FullLength()
         self._num_allowed = drafter.num_lookahead_tokens
+        self._decided: int | None = None  # for the proposal to come
         self._known_at: float | None = None  # when the tokens of the last step were
         self._num_failures = 0
         self._vocab_size = vocab_size
@@ -107,6 +108,12 @@ class Drafting:
             )
         )
 
+    def decide(self, num_requests: int) -> bool:
+        """Settle before a step how many drafts of so many requests are to follow it; whether any
+        are."""
+        self._decided = self.draft_length.choose(num_requests) if num_requests else 0
+        return self._decided > 0
+
     def follow(self, step: FollowedStep) -> None:
         """Show the drafter a step; where it fails, all of the step's requests lose their drafts."""
         try:
@@ -129,7 +136,10 @@ class Drafting:
         """Valid drafts by request, in the order of the context; none where the drafter failed, and
         no more than the draft length says."""
         if self.draft_length.observes and context.request_ids:
-            self._num_allowed = allowed = self.draft_length.choose(len(context.request_ids))
+            allowed, self._decided = self._decided, None
+            if allowed is None:
+                allowed = self.draft_length.choose(len(context.request_ids))
+            self._num_allowed = allowed
             if not allowed:
                 return DraftTokens([[] for _ in context.request_ids])
             context.max_draft_tokens = [min(allowed, n) for n in context.max_draft_tokens]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +13,6 @@ from workbench.core.step import (
     ForwardBatch,
     ModelRunnerOutput,
     SchedulerOutput,
-    TokenLogprobs,
 )
 from workbench.engine.decode_step import DecodeStep
 from workbench.engine.drafting import Drafting, ProposedProbs
@@ -23,6 +21,7 @@ from workbench.engine.mixed_step import MixedStep
 from workbench.engine.prepared_step import PreparedRun
 from workbench.engine.proposed_trees import ProposedTrees, TreeInputs
 from workbench.engine.request_table import RequestTable
+from workbench.engine.running_step import CountedTokens, PartClock, RunningStep
 from workbench.engine.step_inputs import InputGatherer, StepInputs
 from workbench.engine.tokens_to_read import TokensToRead
 from workbench.engine.upload import upload
@@ -63,6 +62,8 @@ class RunnerParts:
     verifier: Verifier
     draft_length: DraftLength
     vocab_size: int
+    #: Whether the loop plans a step before the tokens of the one before it are read.
+    plans_ahead: bool = False
     #: What the graph runner prepares; None where it does not.
     decode_step: DecodeStep | None = None
     verify_step: VerifyStep | None = None
@@ -311,6 +312,16 @@ class ModelRunner:
         table.token_ids[rows.unsqueeze(1), columns] = ids.to(torch.int32)
         table.num_computed_tokens[rows] = inputs.first_new + is_token.sum(1) - 1
 
+    def may_draft(self, plan: SchedulerOutput, inputs: StepInputs) -> bool:
+        """Whether the drafter is asked once the tokens of a step are read; where the loop plans
+        ahead, that is settled now."""
+        parts = self.parts
+        if not parts.drafter.num_lookahead_tokens:
+            return False
+        if not parts.plans_ahead or inputs.max_drafts:
+            return True
+        return self.drafting.decide(len(inputs.sampling))
+
     def book(self, inputs: StepInputs) -> None:
         """Count on the host the one token that each sampling request gets in a step."""
         if self.inputs.steady is not None:
@@ -330,6 +341,7 @@ class ModelRunner:
         drawn: TokensToRead | None,
     ) -> list[list[int]]:
         """Note the new tokens on the host and ask the drafter what may follow them."""
+        self.inputs.settle()
         table, index = self.table, inputs.rows_index
         ends = table.num_computed_host[index] + plan.num_scheduled_tokens
         if len(inputs.sampling) != len(inputs.rows):
@@ -366,6 +378,27 @@ class ModelRunner:
         table.write_drafts(index, to_write)
         return drafts
 
+    def book_silently(self, plan: SchedulerOutput, inputs: StepInputs) -> CountedTokens:
+        """Book a step that no drafts follow, before its tokens are known; the drafter sees it
+        now, since the next step may be queued before they are."""
+        self.inputs.settle()
+        table, index = self.table, inputs.rows_index
+        if self._kept:
+            self._follow(
+                plan, inputs, (table.num_computed_host[index] + plan.num_scheduled_tokens).tolist()
+            )
+        rows = index if len(inputs.sampling) == len(inputs.rows) else index[inputs.sampling]
+        counted = CountedTokens(rows, table.num_owners[rows], table.num_tokens[rows])
+        self.book(inputs)
+        return counted
+
+    def note_silently(
+        self, plan: SchedulerOutput, counted: CountedTokens, tokens: list[list[int]]
+    ) -> None:
+        """The tokens of such a step are known."""
+        self.table.fill_tokens(*counted, tokens)
+        self.drafting.observe(plan, tokens)
+
     def _follow(self, plan: SchedulerOutput, inputs: StepInputs, ends: list[int]) -> None:
         """Show the drafter the step, whose requests have so many computed tokens now."""
         batch = inputs.batch
@@ -386,117 +419,3 @@ class ModelRunner:
         ids = drawn.read()
         counts = [inputs.num_drafts[i] + 1 for i in inputs.sampling]
         return [ids[f : f + n] for f, n in zip(inputs.first_row, counts, strict=True)]
-
-
-class RunningStep:
-    """A step that is queued on the device.
-
-    Holds all that its result needs, since the inputs of a steady batch are brought up to date in
-    place by the next step.
-    """
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        plan: SchedulerOutput,
-        inputs: StepInputs,
-        accepted: Accepted | None,
-        clock: PartClock,
-        verified: bool,
-    ) -> None:
-        self._runner, self._plan, self._clock = runner, plan, clock
-        self._inputs = inputs
-        self._steady = runner.inputs.steady
-        self._sampling, self._first_row = inputs.sampling, inputs.first_row
-        self._num_context_tokens = inputs.num_context_tokens
-        self._prepared = inputs.mixed if inputs.prepared is None else inputs.prepared
-        self._verified = verified  # by the prepared step itself
-        self._has_drafts = inputs.max_drafts > 0
-        self._logprobs = None if accepted is None else accepted.logprobs
-        self._tokens = None if accepted is None else TokensToRead(accepted.token_ids)
-        path = None if accepted is None else accepted.path
-        self._path = None if path is None else TokensToRead(path)
-        self._drawn: TokensToRead | None = None
-        if runner.parts.drafter.reads_drawn and accepted is not None and self._has_drafts:
-            assert accepted.drawn is not None, "the verifier tells what was drawn"
-            self._drawn = TokensToRead(accepted.drawn)
-        self._has_drafter = runner.parts.drafter.num_lookahead_tokens > 0
-        if not self._has_drafter:
-            runner.book(inputs)
-
-    def result(self) -> ModelRunnerOutput:
-        """Wait for the step's tokens; to be called once, in the order of the steps."""
-        clock = self._clock
-        clock.resume()
-        tokens = [] if self._tokens is None else self._tokens.read()
-        if self._has_drafts:
-            tokens = [[t for t in row if t >= 0] for row in tokens]
-        rows = [] if self._logprobs is None else self._rows_of(tokens)
-        if self._verified:
-            num_accepted = [len(row) - 1 for row in tokens]
-            self._runner.parts.verifier.note_prepared(self._plan.num_draft_tokens, num_accepted)
-        clock.lap("wait")
-        plan, steady = self._plan, self._steady
-        count = len(plan.request_ids)
-        if self._has_drafter:
-            with torch.inference_mode():
-                drafts = self._runner.draft(plan, self._inputs, tokens, self._drawn)
-        else:
-            drafts = [[] for _ in tokens] if steady is None else steady.no_drafts
-        clock.lap("draft")
-        by_request, drafts_by_request = tokens, drafts
-        if len(self._sampling) != count:
-            by_request, drafts_by_request = [[] for _ in range(count)], [[] for _ in range(count)]
-            for k, i in enumerate(self._sampling):
-                by_request[i], drafts_by_request[i] = tokens[k], drafts[k]
-        logprobs: list[list[TokenLogprobs] | None] = (
-            [None] * count if steady is None else steady.no_logprobs
-        )
-        if self._logprobs is not None:
-            logprobs = [None] * count
-            for k, i in enumerate(self._sampling):
-                entries = [self._logprobs[row] for row in rows[k]]
-                logprobs[i] = [e for e in entries if e is not None] or None
-        clock.lap("collect")
-        return ModelRunnerOutput(
-            token_ids=by_request,
-            draft_token_ids=drafts_by_request,
-            logprobs=logprobs,
-            num_context_tokens=self._num_context_tokens,
-            num_padded_tokens=0 if self._prepared is None else self._prepared.num_padded_tokens,
-            graph_mode="eager" if self._prepared is None else "graph",
-            num_draft_failures=self._runner.drafting.take_num_failures(),
-            timings_us=clock.laps,
-            starts_s=clock.starts,
-        )
-
-    def _rows_of(self, tokens: list[list[int]]) -> list[Sequence[int]]:
-        """Rows of logits that each request's tokens were drawn from."""
-        if self._path is None:
-            return [range(f, f + len(t)) for f, t in zip(self._first_row, tokens, strict=True)]
-        return [
-            [first, *(first + place for place in path if place >= 0)]
-            for first, path in zip(self._first_row, self._path.read(), strict=True)
-        ]
-
-
-class PartClock:
-    """Microseconds by part of a step, and when each part began (``perf_counter``)."""
-
-    __slots__ = ("_last", "laps", "starts")
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-        self.starts: dict[str, float] = {}
-
-    def resume(self) -> None:
-        """Leave out what has passed since the last lap."""
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Book the time since the last lap."""
-        now = time.perf_counter()
-        self.starts[part] = self._last
-        self.laps[part] = (now - self._last) * 1e6
-        self._last = now

@@ -78,6 +78,8 @@ class RequestTable:
         self.num_tokens = np.zeros(rows, np.int64)
         self.num_computed_host = np.zeros(rows, np.int64)
         self.num_blocks = [0] * rows
+        #: Requests that had a row so far.
+        self.num_owners = np.zeros(rows, np.int64)
         self.row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._elaborate: set[int] = set()
@@ -108,6 +110,7 @@ class RequestTable:
             self.num_prompt_tokens[row] = new.num_prompt_tokens
             self.num_tokens[row] = len(ids)
             self.num_blocks[row] = 0
+            self.num_owners[row] += 1
             if len(self.host_token_ids):
                 self.host_token_ids[row, : len(ids)] = ids
             p = new.sampling
@@ -183,6 +186,24 @@ class RequestTable:
         """Count one new token of each row, which nobody on the host has to know."""
         self.num_tokens[rows] += 1
         self.num_computed_host[rows] = self.num_tokens[rows] - 1
+
+    def fill_tokens(
+        self, rows: np.ndarray, owners: np.ndarray, places: np.ndarray, token_ids: list[list[int]]
+    ) -> None:
+        """Note tokens that were counted before they were known, one a row.
+
+        Parameters
+        ----------
+        owners
+            ``num_owners`` of the rows when the tokens were counted: a row that another request has
+            by now is left alone.
+        places
+            Where in a row its token belongs.
+        """
+        if self._has_mirror:
+            new = np.fromiter((ids[0] for ids in token_ids), np.int32, len(token_ids))
+            is_there = self.num_owners[rows] == owners
+            self.host_token_ids[rows[is_there], places[is_there]] = new[is_there]
 
     def known_tokens(self, row: int) -> np.ndarray:
         """Host view of a row's known tokens, int32 ``[n]``; not to be written.

@@ -138,9 +138,17 @@ class InputGatherer:
 
     def leave_steady(self) -> None:
         """Forget what was kept between steps, after booking what it still owes the table."""
-        if self.steady is not None:
-            self._settle(self.steady)
-            self.steady = None
+        self.settle()
+        self.steady = None
+
+    def settle(self) -> None:
+        """Bring the table's host books up with the steps that ran without them."""
+        steady = self.steady
+        if steady is not None and steady.num_unbooked:
+            rows = steady.inputs.rows_index
+            self.table.num_tokens[rows] += steady.num_unbooked
+            self.table.num_computed_host[rows] += steady.num_unbooked
+            steady.num_unbooked = 0
 
     def first_arange(self, count: int) -> torch.Tensor:
         """``0 .. count - 1`` on the device; not to be written."""
@@ -153,14 +161,6 @@ class InputGatherer:
         if len(indices) == size:
             return slice(None)
         return upload(indices, self.table.device)
-
-    def _settle(self, steady: SteadyBatch) -> None:
-        """Bring the table's host books up with the steps that ran without them."""
-        if steady.num_unbooked:
-            rows = steady.inputs.rows_index
-            self.table.num_tokens[rows] += steady.num_unbooked
-            self.table.num_computed_host[rows] += steady.num_unbooked
-            steady.num_unbooked = 0
 
     def _gather_decode(self, plan: SchedulerOutput, rows_host: list[int]) -> StepInputs:
         """Every request runs its last token."""

@@ -13,6 +13,12 @@ from workbench.slots.component import Component
 class Running(Protocol):
     """A step that was queued."""
 
+    @property
+    def is_read_first(self) -> bool:
+        """Whether the next step must not be planned before this one's tokens are read, since drafts
+        may follow them."""
+        ...
+
     def result(self) -> ModelRunnerOutput:
         """Wait for it. To be called once, in the order in which steps were queued."""
         ...
@@ -23,6 +29,11 @@ class Ran:
     """A step that has run already."""
 
     output: ModelRunnerOutput
+
+    @property
+    def is_read_first(self) -> bool:
+        """Whether drafts did follow."""
+        return any(self.output.draft_token_ids)
 
     def result(self) -> ModelRunnerOutput:
         """What came of it."""
