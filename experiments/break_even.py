@@ -191,7 +191,8 @@ def measure_length(
         ratios: dict[float, list[float]] = {a: [] for a in lengths}
         yielded: dict[float, list[float]] = {a: [] for a in lengths}
         for _ in range(options.rounds):
-            base = decode(plain, batch_size, options, 1)
+            # As many steps before, so that contexts are as long; drafts that hold make them longer.
+            base = decode(plain, batch_size, options, 1, warm_up)
             plain_s.append(statistics.median(base.seconds))
             for asked in lengths:
                 verifier.accept(asked, num_drafts)
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, write the record and the figure, print the table."""
     options, overrides = command.parse(Options, arguments)
     line = command.command_line("break_even", arguments)
-    longest = _longest(options, 1)
+    longest = _longest(options, 1, options.learning_steps if options.adaptive else _WARM_UP)
     names = [*options.techniques, *options.base_techniques]
     plain = make_engine(options, overrides, names, longest)
     entries: list[dict[str, Any]] = []
