@@ -65,28 +65,30 @@ LAYERS = {
 SKINNY = tuple(
     ScaledTiling(n, k, w, s, p, f)
     for n, k, w, s, p, f in (
-        (64, 256, 4, 4, 0, 2), (64, 256, 4, 4, 2, 2), (64, 256, 4, 4, 3, 2), (64, 256, 4, 6, 2, 2),
-        (64, 512, 4, 3, 1, 2), (64, 512, 4, 3, 2, 2), (64, 512, 4, 5, 1, 2), (64, 512, 4, 3, 0, 1),
-        (64, 128, 4, 6, 0, 4), (64, 128, 4, 6, 4, 4), (128, 128, 4, 5, 2, 2),
-        (128, 256, 4, 4, 1, 1), (128, 256, 8, 4, 1, 1), (128, 256, 4, 3, 0, 1),
-        (64, 256, 4, 8, 1, 4), (32, 512, 4, 5, 2, 2), (32, 256, 4, 5, 4, 2),
+        (64, 256, 4, 4, 0, 2), (64, 512, 4, 3, 0, 1), (64, 128, 4, 6, 0, 4),
+        (32, 512, 4, 4, 0, 1), (32, 256, 4, 6, 0, 2), (32, 512, 2, 4, 0, 1),
+        (32, 1024, 4, 3, 0, 1), (16, 1024, 4, 3, 0, 1), (16, 1024, 2, 3, 0, 1),
+        (16, 512, 2, 5, 0, 1), (16, 512, 4, 5, 0, 2), (128, 256, 4, 3, 0, 1),
+        (64, 256, 4, 4, 2, 2), (64, 512, 4, 3, 1, 2), (32, 512, 4, 4, 2, 1),
+        (128, 256, 8, 4, 1, 1), (64, 128, 4, 6, 2, 2), (64, 256, 4, 4, 1, 1),
+        (64, 256, 4, 3, 0, 1), (128, 128, 8, 5, 1, 1),
     )
 )  # fmt: skip
 SKINNY_BLOCK = tuple(
     ScaledTiling(n, 128, w, s, p, f)
     for n, w, s, p, f in (
-        (64, 4, 6, 2, 2), (64, 4, 6, 4, 4), (64, 4, 8, 2, 4), (64, 4, 10, 1, 4), (64, 4, 6, 0, 4),
-        (128, 4, 6, 2, 2), (128, 4, 8, 1, 4), (128, 8, 6, 2, 2), (32, 4, 8, 4, 4),
-        (32, 4, 6, 6, 4),
+        (64, 4, 6, 2, 2), (64, 4, 8, 2, 4), (64, 4, 6, 0, 4), (64, 4, 10, 0, 4), (128, 4, 6, 2, 2),
+        (128, 4, 8, 1, 4), (32, 4, 8, 0, 4), (32, 2, 8, 0, 4), (16, 2, 10, 0, 4), (16, 4, 10, 0, 4),
+        (32, 4, 10, 1, 4), (64, 4, 5, 1, 2), (128, 8, 5, 1, 2), (64, 4, 4, 0, 2),
     )
 )  # fmt: skip
 GEMMS = tuple(
     GemmTiling(m, n, k, w, s)
     for m, n, k, w, s in (
-        (128, 128, 128, 8, 4), (128, 128, 128, 8, 3), (128, 128, 128, 4, 4), (128, 256, 128, 8, 3),
-        (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 256, 64, 8, 4), (64, 128, 128, 4, 5),
-        (64, 256, 128, 4, 4), (64, 64, 128, 4, 6), (128, 64, 128, 4, 4), (64, 128, 256, 4, 3),
-        (64, 64, 256, 4, 4),
+        (128, 128, 128, 8, 4), (128, 128, 128, 8, 3), (128, 256, 128, 8, 3), (128, 256, 128, 8, 4),
+        (256, 128, 128, 8, 3), (64, 128, 128, 4, 5), (64, 64, 128, 4, 6), (128, 64, 128, 4, 4),
+        (64, 64, 256, 4, 4), (128, 64, 256, 4, 3), (64, 32, 256, 4, 5), (128, 32, 256, 4, 4),
+        (64, 128, 256, 4, 3), (128, 128, 128, 4, 4),
     )
 )  # fmt: skip
 
@@ -262,14 +264,18 @@ def say(
 
 
 #: Kind of product and rows that are tuned for.
-TUNED = (("skinny", 1), ("skinny", 16), ("skinny", 64), ("triton", 4096))
+TUNED = (
+    ("skinny", 1), ("skinny", 16), ("skinny", 32), ("skinny", 128), ("triton", 128),
+    ("triton", 512), ("triton", 4096),
+)  # fmt: skip
 
 
-def cuts_of(kind: str, format: str) -> list[Any]:
+def cuts_of(kind: str, format: str, rows: int) -> list[Any]:
     is_block = format == "fp8_block"
     if kind == "skinny":
-        return list(SKINNY_BLOCK if is_block else SKINNY)
-    return [t for t in GEMMS if not is_block or (t.block_k == 128 and t.block_n <= 128)]
+        return [t for t in (SKINNY_BLOCK if is_block else SKINNY) if rows < 32 or t.block_n > 16]
+    found = [t for t in GEMMS if not is_block or (t.block_k == 128 and t.block_n <= 128)]
+    return [t for t in found if (rows < 1024) or t.block_m * t.block_n >= 128 * 128]
 
 
 def operation(kind: str) -> Callable[..., Tensor]:
@@ -295,7 +301,7 @@ def build_all(formats: Sequence[str], processes: int = 14) -> None:
     kernels: dict[Any, tuple[str, str, int, Any]] = {}
     for format in formats:
         for kind, count in TUNED:
-            for tiling in cuts_of(kind, format):
+            for tiling in cuts_of(kind, format, count):
                 cut = tuple(v for k, v in asdict(tiling).items() if k != "programs")
                 kernels.setdefault((format, kind, count, cut), (format, kind, count, tiling))
     jobs = list(kernels.values())
@@ -319,7 +325,7 @@ def tune(
             truth = truth_of(copies[0], x)
             rows = quantize_input(copies[0], x)
             timed = []
-            for tiling in cuts_of(kind, format):
+            for tiling in cuts_of(kind, format, count):
                 if time.perf_counter() > deadline:
                     break
                 calls = [

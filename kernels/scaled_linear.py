@@ -199,7 +199,9 @@ def quantize_rows_reference(
 
 
 def _scale_of(size: Tensor, dtype: torch.dtype) -> Tensor:
-    return size.float().clamp(min=LEAST_SIZE) / LIMITS[dtype]
+    # By a tensor: a GPU divides by a number as by its inverse, which is not the nearest.
+    size = size.float().clamp(min=LEAST_SIZE)
+    return size / torch.full_like(size, LIMITS[dtype])
 
 
 def _encode(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -391,8 +393,8 @@ def _with_bias(out: Tensor, layer: ScaledLinear) -> Tensor:
 def _cublas(layer: ScaledLinear, rows: QuantizedRows, *, is_fast: bool = True) -> Tensor:
     """``is_fast``: sums stay in the tensor cores, which keep fewer bits than fp32."""
     scales, weight_scales = rows.scales, layer.scales.unsqueeze(0)
-    if layer.format == "fp8_block":
-        weight_scales = layer.scales.t()
+    if layer.format == "fp8_block":  # its sums are scaled block by block
+        weight_scales, is_fast = layer.scales.t(), False
     elif layer.input_scale is not None and layer.whole_scale is not None:
         scales, weight_scales = layer.input_scale, layer.whole_scale
     else:

@@ -197,7 +197,7 @@ def _by_shard(layer: LinearLayer, weight: torch.Tensor) -> tuple[torch.Tensor, t
     """Codes and scales of ``fp8_tensor``: each of the checkpoint's layers that are stacked has a
     scale of its own, which its outputs share."""
     widths = [width for _, width in layer.shards]
-    parts = [quantize_weight(part, "fp8_tensor") for part in weight.split(widths)]
+    parts = [quantize_weight(part, "fp8_tensor") for part in torch.split(weight, widths)]
     scales = [s.expand(width) for (_, s), width in zip(parts, widths, strict=True)]
     # Joined as bytes: not every device joins fp8.
     codes = torch.cat([codes.view(torch.uint8) for codes, _ in parts])

@@ -53,7 +53,10 @@ class ScaledCheckpoint(ScaledMethod):
         layer.params[WEIGHT] = torch.empty(
             rows, columns, dtype=code_dtype_of(scheme.format), device=device
         )
-        wide = {"dtype": torch.float32, "device": device}
+
+        def scales_of(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
         if scheme.format == "fp8_block":
             if len(layer.shards) > 1 and any(width % BLOCK_SIZE for _, width in layer.shards):
                 raise UnsupportedError(
@@ -61,13 +64,13 @@ class ScaledCheckpoint(ScaledMethod):
                     f"which {BLOCK_SIZE} does not divide all: their blocks cannot be stacked."
                 )
             blocks = (-(-rows // BLOCK_SIZE), -(-columns // BLOCK_SIZE))
-            layer.params[scheme.scale] = torch.empty(*blocks, **wide)
+            layer.params[scheme.scale] = scales_of(*blocks)
             return
         parts = len(layer.shards)
         shape = (parts,) if scheme.per_tensor else (rows, 1)
-        layer.params[SCALE] = torch.empty(*shape, **wide)
+        layer.params[SCALE] = scales_of(*shape)
         if scheme.is_static:
-            layer.params[INPUT_SCALE] = torch.empty(parts, **wide)
+            layer.params[INPUT_SCALE] = scales_of(parts)
 
     def _scheme_of(self, layer: LinearLayer) -> ScaledScheme | None:
         assert self._scheme is not None, "read_checkpoint comes first"

@@ -1,13 +1,13 @@
 """Checkpoints whose weights and activations have 8 bits: what they say of themselves.
 
-==============================  =====================================================================
+==============================  ===================================================================
 compressed-tensors              ``X.weight`` ``[N, K]`` fp8 (``float-quantized``) or int8
                                 (``int-quantized``), ``X.weight_scale`` ``[N, 1]``, ``[1]`` or of
                                 blocks ``[ceil(N / 128), ceil(K / 128)]``, and of static
                                 activations ``X.input_scale`` ``[1]``
-``quant_method: fp8``           the same blocks with scales called ``X.weight_scale_inv``, which are
-                                factors in spite of their name
-==============================  =====================================================================
+``quant_method: fp8``           the same blocks with scales called ``X.weight_scale_inv``, which
+                                are factors in spite of their name
+==============================  ===================================================================
 
 Sources: https://github.com/vllm-project/compressed-tensors, release 0.20; DeepSeek-V3's repository
 (README_WEIGHTS.md).
