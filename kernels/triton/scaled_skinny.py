@@ -29,9 +29,10 @@ from kernels.triton import (
 from kernels.triton.launch import Launcher, dependent_options, planned
 from kernels.triton.numbers import as_bits, decode_kv
 from kernels.triton.prefetch import PIECE, prefetch
-from kernels.triton.skinny_gemm import _COUNTERS, _MERGED, _PARTS, _keep_scratch, _owner
+from kernels.triton.skinny_gemm import keep_scratch, owner_of, scratch_of
 
 MAX_ROWS = 128
+_MERGED = tl.constexpr(4)  # pieces whose sums are read together
 GROUP_SIZE = 128
 
 
@@ -147,8 +148,8 @@ def scaled_skinny_kernel(
             tl.store(seen + place * (BLOCK_T * BLOCK_N) + part_at, acc, mask=is_token[None, :])
             # All threads have written before the one that counts says so to other programs.
             tl.debug_barrier()
-            first_program = _owner(tile * blocks, share, extra)
-            num_pieces = _owner(tile * blocks + blocks - 1, share, extra) - first_program + 1
+            first_program = owner_of(tile * blocks, share, extra)
+            num_pieces = owner_of(tile * blocks + blocks - 1, share, extra) - first_program + 1
             is_last = (
                 tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1
             )
@@ -241,7 +242,7 @@ def scaled_skinny_linear(
         return out
     tensors = (out, codes, scales, weight, weight_scales, bias)
     launch = _skinny.find(tensors, weight.data_ptr() % 16 == 0, tiling, is_dependent)
-    launch(*tensors, _PARTS[codes.device][-1], _COUNTERS[codes.device][-1])
+    launch(*tensors, *scratch_of(codes.device))
     return out
 
 
@@ -269,7 +270,7 @@ def _skinny(
         blocks = tiles * triton.cdiv(in_features, tiling.block_k)
         num_programs = min(tiling.programs * num_multiprocessors(codes.device), blocks)
     block_t = max(16, triton.next_power_of_2(num_tokens))
-    _keep_scratch(2 * num_programs * block_t * tiling.block_n, tiles, codes.device)
+    keep_scratch(2 * num_programs * block_t * tiling.block_n, tiles, codes.device)
     if is_dependent is None:
         is_dependent = has_dependent_launch(codes.device)
     can_prefetch = (

@@ -20,10 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.scaled_linear import BLOCK_SIZE
 from techniques.quantization.compressed_tensors import METHOD
+from techniques.quantization.weights import FP8Scheme, QuantizedWeight, Scheme
 from workbench.core.errors import UnsupportedError
 
 WEIGHT, SCALE, INPUT_SCALE, BLOCK_SCALE = (
@@ -147,14 +149,16 @@ def _blocks(config: Mapping[str, Any]) -> ScaledScheme:
     return ScaledScheme("fp8_block", kept=kept, scale=BLOCK_SCALE)
 
 
-def scaled_config(scheme: ScaledScheme, kept: Sequence[str]) -> dict[str, Any]:
-    """``quantization_config`` of compressed-tensors; ``kept`` stay as they are."""
-    kind = "int" if scheme.format == "int8" else "float"
+def scaled_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of compressed-tensors for what :func:`scaled_tensors` writes;
+    ``kept`` stay as they are."""
+    is_static = isinstance(scheme, FP8Scheme) and scheme.is_static
+    kind = "float" if isinstance(scheme, FP8Scheme) else "int"
     common = {"num_bits": 8, "type": kind, "symmetric": True, "group_size": None}
-    strategy = "tensor" if scheme.per_tensor else "channel"
+    strategy = "tensor" if is_static else "channel"
     weights = {**common, "strategy": strategy, "dynamic": False, "observer": "minmax"}
     inputs = {**common, "strategy": "token", "dynamic": True, "observer": None}
-    if scheme.is_static:
+    if is_static:
         inputs |= {"strategy": "tensor", "dynamic": False, "observer": "minmax"}
     return {
         "quant_method": METHOD,
@@ -165,6 +169,19 @@ def scaled_config(scheme: ScaledScheme, kept: Sequence[str]) -> dict[str, Any]:
         },
         "ignore": list(kept),
     }
+
+
+def scaled_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a layer, by their names in a checkpoint; scales in fp32, as they are
+    multiplied."""
+    is_fp8 = isinstance(weight.scheme, FP8Scheme)
+    scales = weight.scales.float().contiguous()
+    found = {f"{name}.{WEIGHT}": weight.codes if is_fp8 else weight.codes.to(torch.int8)}
+    if weight.input_scale is not None:
+        found[f"{name}.{INPUT_SCALE}"] = weight.input_scale.float()
+        scales = scales[:1, 0].clone()
+    found[f"{name}.{SCALE}"] = scales
+    return found
 
 
 def check_scales(name: str, scales: Tensor) -> None:
