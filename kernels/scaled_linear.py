@@ -194,7 +194,7 @@ def quantize_rows_reference(
     padded = torch.nn.functional.pad(x.float(), (0, -width % group_size))
     groups = padded.view(num_rows, padded.shape[1] // group_size, group_size)
     scales = _scale_of(groups.abs().amax(2), dtype)
-    values = (groups * scales.reciprocal().unsqueeze(2)).view(num_rows, -1)[:, :width]
+    values = (groups * scales.reciprocal().unsqueeze(2)).flatten(1)[:, :width]
     return _encode(values, dtype), scales
 
 
