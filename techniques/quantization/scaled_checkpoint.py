@@ -73,7 +73,8 @@ class ScaledCheckpoint(ScaledMethod):
             layer.params[INPUT_SCALE] = scales_of(parts)
 
     def _scheme_of(self, layer: LinearLayer) -> ScaledScheme | None:
-        assert self._scheme is not None, "read_checkpoint comes first"
+        if self._scheme is None:
+            return None
         kept = [is_kept(name, self._scheme.kept) for name, _ in layer.shards]
         if all(kept):
             return None
@@ -86,26 +87,26 @@ class ScaledCheckpoint(ScaledMethod):
 
     def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
         weight, bias = layer.params.pop(WEIGHT), layer.params.pop("bias", None)
-        assert self._scheme is not None
-        scales = layer.params.pop(self._scheme.scale, None)
         inputs = layer.params.pop(INPUT_SCALE, None)
-        if scales is None:  # left out, or a head that is the embedding
+        scheme = self._scheme
+        scales = None if scheme is None else layer.params.pop(scheme.scale, None)
+        if scheme is None or scales is None:  # left out, or a head that is the embedding
             self.keep_dense(layer, weight, bias, expected_tokens)
             return
         check_scales(layer.name, scales)
         if weight.is_floating_point() and bool(weight.float().isnan().any()):
             raise UnsupportedError(f"layer {layer.name} has weights that are no numbers.")
-        if self._scheme.per_tensor:
+        if scheme.per_tensor:
             widths = torch.tensor([width for _, width in layer.shards], device=scales.device)
             scales = scales.repeat_interleave(widths)
-        elif self._scheme.format != "fp8_block":
+        elif scheme.format != "fp8_block":
             scales = scales.squeeze(1)
         input_scale = None
         if inputs is not None:
             check_scales(layer.name, inputs)
             # Parts that are stacked have one input: the scale that holds what each has seen of it.
             input_scale = inputs.amax().view(1)
-        format = self._scheme.format
+        format = scheme.format
         self.keep(
             layer, pack_scaled_linear(weight, scales, bias, format=format, input_scale=input_scale)
         )
