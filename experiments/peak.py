@@ -9,7 +9,8 @@ is a tie. Prints the best known engine's figures on the same card and the floor 
 arithmetic that each load needs beside its own; where those come from stands in
 ``results/anchors/``. Everything else on the command line goes to Hydra, over ``preset=gpu`` or the
 preset that it names, with KV blocks of 64 tokens, which are cheaper to look up than the default's:
-``preset=gpu_cascade workloads=shared_prefix`` reads shared prefixes once.
+``preset=gpu_cascade workloads=shared_prefix`` reads shared prefixes once, ``preset=gpu_fp8`` has
+weights and activations in fp8, in the eager engine as well.
 """
 
 from __future__ import annotations
@@ -159,12 +160,27 @@ def compare(ours: Sequence[Any], eager: Sequence[Any], epsilon: float) -> Check:
     return Check(len(ours), ties, worst, passed)
 
 
-def check_outputs(engine: Engine, model: str, options: Options) -> Check:
-    """The engine's greedy outputs against those of the core without any technique."""
+def lossy_part(model: str, overrides: Sequence[str]) -> list[str]:
+    """What of a composition changes the model itself, as overrides of another."""
+    composed = compose_config([f"model={model}", "weights=random", *overrides])
+    lossy = [name for name, m in composed.techniques.items() if m.losslessness == "lossy"]
+    if not lossy:
+        return []
+    slots = {slot for name in lossy for slot in composed.techniques[name].slots}
+    options = [o for o in overrides if any(o.startswith(f"engine.{slot}.") for slot in slots)]
+    return [f"+technique=[{','.join(lossy)}]", *options]
+
+
+def check_outputs(
+    engine: Engine, model: str, options: Options, overrides: Sequence[str] = ()
+) -> Check:
+    """The engine's greedy outputs against those of the core without any technique, but with those
+    that are lossy: they make another model, whose outputs these are to be."""
     prompts = probe_prompts(engine.parts.vocab_size)
     # Twice: the second time, what is cached and captured has been used before.
     ours = [engine.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True)) for _ in "ab"]
-    core, _ = make_engine(model, ["engine/platform=cuda"], 8 * MAX_MODEL_LEN, max_num_seqs=8)
+    chosen = ["engine/platform=cuda", *lossy_part(model, overrides)]
+    core, _ = make_engine(model, chosen, 8 * MAX_MODEL_LEN, max_num_seqs=8)
     params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=20)
     eager = core.generate(prompts, params)
     del core
@@ -242,7 +258,7 @@ def run_model(model: str, options: Options, overrides: Sequence[str]) -> list[di
     engine, components = make_engine(model, overrides, options.kv_tokens)
     engine.generate([1, 2, 3], SamplingParams(max_tokens=1, ignore_eos=True))
     first_token_s = time.time() - began
-    check = check_outputs(engine, model, options)
+    check = check_outputs(engine, model, options, overrides)
     base = {
         "kind": "peak",
         "model": model,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from kernels import triton
+from kernels import RowNorm, triton
+from workbench.slots.linear import LinearLayer, LinearMethod
 from workbench.slots.ops import Ops
 
 #: Of the oldest cards that the kernels are built for in tests.
@@ -70,6 +73,36 @@ class FusedOps(Ops):
         self._activations += 1
         return activation.gelu_tanh_and_mul(gate_up)
 
+    def norm_input(
+        self,
+        method: LinearMethod | None,
+        layer: LinearLayer,
+        x: torch.Tensor,
+        norm: RowNorm,
+        residual: torch.Tensor | None = None,
+    ) -> Any:
+        if method is None or not method.prepares(layer):
+            return super().norm_input(method, layer, x, norm, residual)
+        if residual is None:
+            self._norms += 1
+        else:
+            self._added_norms += 1
+        self._joined += 1
+        return method.prepare_normed(layer, x, norm, residual)
+
+    def gate_input(
+        self,
+        method: LinearMethod | None,
+        layer: LinearLayer,
+        gate_up: torch.Tensor,
+        activation: str,
+    ) -> Any:
+        if method is None or not method.prepares(layer):
+            return super().gate_input(method, layer, gate_up, activation)
+        self._activations += 1
+        self._joined += 1
+        return method.prepare_gated(layer, gate_up, activation)
+
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         return unsupported_reasons(device, dtype)
 
@@ -78,7 +111,8 @@ class FusedOps(Ops):
             "rms_norm_calls": self._norms,
             "add_rms_norm_calls": self._added_norms,
             "activation_calls": self._activations,
+            "joined_calls": self._joined,
         }
 
     def reset_counters(self) -> None:
-        self._norms = self._added_norms = self._activations = 0
+        self._norms = self._added_norms = self._activations = self._joined = 0

@@ -2,6 +2,8 @@
 
 from techniques.quantization.linear import WeightOnly, WeightOnlyConfig
 from techniques.quantization.packed_linear import CompressedTensors
+from techniques.quantization.scaled import ScaledConfig, ScaledWeights
+from techniques.quantization.scaled_checkpoint import ScaledCheckpoint
 from techniques.quantization.weights import (
     QuantizedWeight,
     WeightScheme,
@@ -12,6 +14,9 @@ from techniques.quantization.weights import (
 __all__ = [
     "CompressedTensors",
     "QuantizedWeight",
+    "ScaledCheckpoint",
+    "ScaledConfig",
+    "ScaledWeights",
     "WeightOnly",
     "WeightOnlyConfig",
     "WeightScheme",

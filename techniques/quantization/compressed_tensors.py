@@ -43,6 +43,7 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 def tensors_of(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a layer, by their names in a checkpoint; scales in ``dtype``."""
     scheme = weight.scheme
+    assert isinstance(scheme, WeightScheme)
     if weight.group_index is not None:
         raise UnsupportedError(
             f"layer {name} has groups of inputs in another order, which no file is written with: "

@@ -21,7 +21,8 @@ from techniques.quantization.quantizers import (
     quantize_decoder,
 )
 from techniques.quantization.quantizers.pipeline import Progress
-from techniques.quantization.weights import WeightScheme
+from techniques.quantization.scaled_formats import scaled_config, scaled_tensors
+from techniques.quantization.weights import WeightScheme, parse_scheme
 from workbench.models.checkpoint import Checkpoint, write_index
 from workbench.models.families import family_of, read_config, spec_from_hf
 from workbench.models.loader import load_model
@@ -40,7 +41,7 @@ class ProgramOptions:
     Attributes
     ----------
     scheme
-        As :meth:`WeightScheme.parse` reads it.
+        As :func:`parse_scheme` reads it.
     skip
         Patterns of checkpoint names that stay as they are, separated by commas; the output layer
         does so anyway.
@@ -61,7 +62,12 @@ class QuantizeProgram:
 
     def __init__(self, options: ProgramOptions) -> None:
         self.options = options
-        self.scheme = WeightScheme.parse(options.scheme)
+        self.scheme = parse_scheme(options.scheme)
+
+    @property
+    def reader(self) -> str:
+        """Option of slot ``linear`` that reads what is written."""
+        return "compressed_tensors" if self.scheme.input_codes() is None else "scaled_checkpoint"
 
     def run(
         self,
@@ -117,7 +123,10 @@ class QuantizeProgram:
         embedding = family_of(model).names.embedding
         tied = spec_from_hf(model).tie_word_embeddings
         kept = ["lm_head" if tied and name == embedding else name for name in found.kept]
-        config["quantization_config"] = config_of(self.scheme, kept)
+        if isinstance(self.scheme, WeightScheme) and not self.scheme.rounds_inputs:
+            config["quantization_config"] = config_of(self.scheme, kept)
+        else:
+            config["quantization_config"] = scaled_config(self.scheme, kept)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for pattern in _BESIDES:
@@ -138,7 +147,11 @@ class QuantizeProgram:
             elif name != layer and layer in found.weights:
                 left.discard(layer)
                 weight = found.weights[layer]
-                yield from tensors_of(stored.removesuffix(".weight"), weight, dtype).items()
+                stem = stored.removesuffix(".weight")
+                if weight.scheme.input_codes() is None:
+                    yield from tensors_of(stem, weight, dtype).items()
+                else:
+                    yield from scaled_tensors(stem, weight).items()
             else:
                 tensor = checkpoint.read(Parameter(name, ()))
                 is_float = tensor.is_floating_point()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ class WeightScheme:
     has_zeros
         Whether a group has a zero point: codes then run from 0 to ``2 ** bits - 1``. Without, they
         are symmetric about 0, from ``-2 ** (bits - 1)`` on.
+    rounds_inputs
+        Whether activations are put into 8 bits as well, as they come (W8A8).
     """
 
     bits: int = 4
     group_size: int = 128
     has_zeros: bool = False
+    rounds_inputs: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel knows."""
@@ -44,6 +48,11 @@ class WeightScheme:
         if self.group_size < 0:
             raise ConfigError(
                 f"group_size={self.group_size} must be 0 (one scale an output) or more."
+            )
+        if self.rounds_inputs and (self.bits, self.group_size, self.has_zeros) != (8, 0, False):
+            raise ConfigError(
+                f"scheme {self.name}: activations of 8 bits are multiplied with weights of 8 bits "
+                "with one scale an output and without zero points. Valid: w8a8."
             )
 
     @classmethod
@@ -67,9 +76,10 @@ class WeightScheme:
 
     @property
     def name(self) -> str:
-        """As :meth:`parse` reads it."""
+        """As :func:`parse_scheme` reads it."""
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"w{self.bits}{group}{'z' if self.has_zeros else ''}"
+        inputs = "a8" if self.rounds_inputs else ""
+        return f"w{self.bits}{group}{'z' if self.has_zeros else ''}{inputs}"
 
     @property
     def least(self) -> int:
@@ -80,6 +90,10 @@ class WeightScheme:
     def greatest(self) -> int:
         """Greatest code."""
         return self.least + (1 << self.bits) - 1
+
+    def input_codes(self) -> torch.dtype | None:
+        """Dtype of the codes of activations; None: they stay as they are."""
+        return torch.int8 if self.rounds_inputs else None
 
     def num_groups(self, in_features: int) -> int:
         """Groups of an output.
@@ -100,6 +114,53 @@ class WeightScheme:
         return in_features // size
 
 
+@dataclass(frozen=True, slots=True)
+class FP8Scheme:
+    """Weights and activations in fp8 (e4m3).
+
+    Attributes
+    ----------
+    is_static
+        Whether all activations of a layer share a scale that was measured ahead, and all of its
+        weights one as well. Otherwise each row of activations and each output has its own.
+    """
+
+    is_static: bool = False
+    group_size: ClassVar[int] = 0
+
+    @property
+    def name(self) -> str:
+        """As :func:`parse_scheme` reads it."""
+        return "fp8_static" if self.is_static else "fp8"
+
+    def input_codes(self) -> torch.dtype:
+        """Dtype of the codes of activations."""
+        return torch.float8_e4m3fn
+
+
+Scheme = WeightScheme | FP8Scheme
+
+
+def parse_scheme(name: str) -> Scheme:
+    """From its name: ``w8a8``, ``fp8`` and ``fp8_static``, whose activations are in 8 bits too, or
+    what :meth:`WeightScheme.parse` reads.
+
+    Raises
+    ------
+    ConfigError
+        No such name.
+    """
+    rounding = (WeightScheme(8, 0, rounds_inputs=True), FP8Scheme(), FP8Scheme(is_static=True))
+    for scheme in rounding:
+        if name == scheme.name:
+            return scheme
+    try:
+        return WeightScheme.parse(name)
+    except ConfigError as error:
+        names = ", ".join(scheme.name for scheme in rounding)
+        raise ConfigError(f"{error} With activations in 8 bits: {names}.") from error
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight ``[N, K]`` in codes. ``value = (code - zero) * scale``, of its output and group.
@@ -107,20 +168,23 @@ class QuantizedWeight:
     Attributes
     ----------
     codes : Tensor [N, K] int16
-        From ``scheme.least`` to ``scheme.greatest``.
+        From ``scheme.least`` to ``scheme.greatest``; of an :class:`FP8Scheme` float8_e4m3fn.
     scales : Tensor [N, G] float32
     zeros : Tensor [N, G] int16, or None
         Codes of 0; None without zero points.
     group_index : Tensor [K] int32, or None
         Group of each input; None: consecutive inputs, the usual. Others come of quantising in
         another order (act-order).
+    input_scale : Tensor [1] float32, or None
+        Of all activations, where it was measured ahead.
     """
 
-    scheme: WeightScheme
+    scheme: Scheme
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None = None
     group_index: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The values, ``[N, K]`` float32."""

@@ -93,7 +93,9 @@ NEEDS_A_COMPILER = {"torch_compile"}
 #: instead of in pairs.
 ALIKE = (
     "flex_attention",
+    "fp8_w8a8",
     "int4_weights",
+    "int8_w8a8",
     "int8_weights",
     "suffix_decoding",
     "lookahead_decoding",

@@ -44,7 +44,7 @@ def quantize_command(arguments: Sequence[str]) -> int:
         f"{len(record['layers'])} layers in {record['scheme']}, mean relative error of their "
         f"outputs on the calibration text {mean}\n"
         f"left as they are: {', '.join(record['kept']) or 'none'}\n"
-        f"serve it: python -m workbench model={folder} engine/linear=compressed_tensors"
+        f"serve it: python -m workbench model={folder} engine/linear={record['reader']}"
     )
     return 0
 
@@ -82,6 +82,7 @@ def quantize(composed: Composed, name: str, command: str) -> tuple[dict[str, Any
         "model": source.name,
         "quantizer": name,
         "scheme": program.scheme.name,
+        "reader": program.reader,
         "config": {
             node: OmegaConf.to_container(cfg[node], resolve=True)
             for node in ("quantizer", "quantizing")

@@ -22,11 +22,8 @@ from workbench.slots.parallel import Parallel, SingleDevice
 ApplyLinear = Callable[[LinearLayer, torch.Tensor], torch.Tensor]
 ApplyGated = Callable[[LinearLayer, torch.Tensor, str], torch.Tensor]
 
-#: By the name that configs have for it, its own name, and the method of :class:`Ops`.
-_ACTIVATIONS = {
-    "silu": ("silu", "silu_and_mul"),
-    "gelu_pytorch_tanh": ("gelu_tanh", "gelu_tanh_and_mul"),
-}
+#: By the name that configs have for it.
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class DecoderLayer:
@@ -63,8 +60,7 @@ class DecoderLayer:
         self.q_norm: torch.Tensor | None = None
         self.k_norm: torch.Tensor | None = None
         self.ops = ops
-        self.activation_name, method = _ACTIVATIONS[spec.activation]
-        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(ops, method)
+        self.activation_name = _ACTIVATIONS[spec.activation]
         self.all_reduce = all_reduce
 
         def linear(name: str, width: int, bias: bool, **shards: int) -> LinearLayer:
@@ -97,16 +93,20 @@ class DecoderLayer:
         context: ForwardContext,
         apply: ApplyLinear,
         apply_gated: ApplyGated | None = None,
+        method: LinearMethod | None = None,
     ) -> torch.Tensor:
         """Run the layer on normed ``x[T, H]``; what comes back is still to be added to
         ``residual[T, H]``, to which attention's output has been added in place.
 
-        With ``apply_gated``, the gated activation is taken where gate and up come out."""
+        With ``apply_gated``, the gated activation is taken where gate and up come out. With
+        ``method``, whose products ``apply`` gives, ops may leave norms and gates to it; ``x`` may
+        then be its own."""
         x = self._attend(apply(self.qkv_proj, x), context)
         x = self.all_reduce(apply(self.o_proj, x), "tp")
-        x = self.add_attention(x, residual)
+        x = self.add_attention(x, residual, method)
         if apply_gated is None:
-            x = self.activation(apply(self.gate_up_proj, x))
+            x = apply(self.gate_up_proj, x)
+            x = self.ops.gate_input(method, self.down_proj, x, self.activation_name)
         else:
             x = apply_gated(self.gate_up_proj, x, self.activation_name)
         return self.finish(self.all_reduce(apply(self.down_proj, x), "tp"))
@@ -139,9 +139,19 @@ class DecoderLayer:
         x = context.attention.forward(q, self.attention, context.metadata, context.pool)
         return x.flatten(1)
 
-    def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def norm_input(
+        self, x: torch.Tensor, residual: torch.Tensor | None, method: LinearMethod | None
+    ) -> Any:
+        """The layer's input, of what stands before it: the residual, or what is to be added."""
+        norm = self._norm(self.attention_norm)
+        return self.ops.norm_input(method, self.qkv_proj, x, norm, residual)
+
+    def add_attention(
+        self, x: torch.Tensor, residual: torch.Tensor, method: LinearMethod | None
+    ) -> Any:
         """Add attention's output to the residual in place; the feed-forward block's input."""
-        return self.ops.add_rms_norm_(x, residual, self.mlp_norm, self.eps, offset=self.offset)
+        norm = self._norm(self.mlp_norm)
+        return self.ops.norm_input(method, self.gate_up_proj, x, norm, residual)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """What happens to the feed-forward block's output before it joins the residual."""
@@ -159,9 +169,11 @@ class SandwichLayer(DecoderLayer):
     attention_out_norm: torch.Tensor
     mlp_out_norm: torch.Tensor
 
-    def add_attention(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def add_attention(
+        self, x: torch.Tensor, residual: torch.Tensor, method: LinearMethod | None
+    ) -> Any:
         x = self.ops.rms_norm(x, self.attention_out_norm, self.eps, offset=self.offset)
-        return super().add_attention(x, residual)
+        return super().add_attention(x, residual, method)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.rms_norm(x, self.mlp_out_norm, self.eps, offset=self.offset)
@@ -258,18 +270,18 @@ class Decoder:
             return residual
         apply: ApplyLinear = self.linear.apply
         apply_gated = self.linear.apply_gated if self.linear.gates(len(residual)) else None
-        if self.adapters.active:  # they add to a product before anything else is done with it
-            apply, apply_gated = self._apply_adapted, None
-        eps, offset = self.spec.norm_eps, self.spec.norm_offset
-        x = self.ops.rms_norm(residual, self.layers[0].attention_norm, eps, offset=offset)
+        method: LinearMethod | None = self.linear
+        if self.adapters.active:  # they take a product's own input, and add to what it gives
+            apply, apply_gated, method = self._apply_adapted, None, None
+        x = self.layers[0].norm_input(residual, None, method)
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
             if kept is not None:
                 kept.offer(layer.index, residual)
-            x = layer.forward(x, residual, context, apply, apply_gated)
-            x = self.ops.add_rms_norm_(x, residual, following.attention_norm, eps, offset=offset)
+            x = layer.forward(x, residual, context, apply, apply_gated, method)
+            x = following.norm_input(x, residual, method)
         if kept is not None:
             kept.offer(self.layers[-1].index, residual)
-        residual.add_(self.layers[-1].forward(x, residual, context, apply, apply_gated))
+        residual.add_(self.layers[-1].forward(x, residual, context, apply, apply_gated, method))
         if kept is not None:
             kept.offer(len(self.layers), residual)
         return residual

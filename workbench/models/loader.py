@@ -272,9 +272,12 @@ class _Loader:
         """Where each checkpoint tensor of a layer goes, or what is wrong with its shape."""
         for suffix, whole in layer.params.items():
             start = 0
-            for shard, width in layer.shards:
+            for index, (shard, width) in enumerate(layer.shards):
                 dense = Parameter(f"{shard}.{suffix}", (width, *whole.shape[1:]))
                 found = self.source.shape(dense)
+                if whole.shape == (len(layer.shards),) and found in ((), (1,)):
+                    yield _Piece(dense, suffix, 0, index, 1)  # one number a checkpoint's layer
+                    continue
                 dim = _stacked_dim(tuple(whole.shape), found, width, layer.out_features)
                 if dim is None:
                     yield self._wrong_shape(dense)

@@ -61,7 +61,8 @@ class LinearMethod(Component):
                 f"the checkpoint is quantised ({quantization.get('quant_method')!r} in its "
                 f"config.json), and engine/linear holds {type(self).__name__}, which reads weights "
                 "as they were trained. Choose engine/linear=compressed_tensors for checkpoints of "
-                "that method, or a checkpoint that is not quantised."
+                "that method, scaled_checkpoint where activations are quantised too, or a "
+                "checkpoint that is not quantised."
             )
 
     @abstractmethod
@@ -83,9 +84,32 @@ class LinearMethod(Component):
 
     @abstractmethod
     def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
-        """``x[T, in_features]`` to ``[T, out_features]``."""
+        """``x[T, in_features]`` to ``[T, out_features]``; ``x`` may also be what
+        :meth:`prepare_normed` or :meth:`prepare_gated` gave for this layer."""
 
     # -- products with their neighbours -----------------------------------------------------------
+
+    def prepares(self, layer: LinearLayer) -> bool:
+        """Whether it has launches that norm or gate the inputs of ``layer`` and put them into a
+        form of its own; only then are the two methods below called, by ops that would take one
+        launch themselves."""
+        return False
+
+    def prepare_normed(
+        self,
+        layer: LinearLayer,
+        x: torch.Tensor,
+        norm: kernels.RowNorm,
+        residual: torch.Tensor | None = None,
+    ) -> Any:
+        """Inputs of ``layer`` for :meth:`apply`: the norm of ``x[T, in_features]``, or of its sum
+        with ``residual``, which is kept there."""
+        raise NotImplementedError
+
+    def prepare_gated(self, layer: LinearLayer, gate_up: torch.Tensor, activation: str) -> Any:
+        """Inputs of ``layer`` for :meth:`apply`: the activation (``silu``, ``gelu_tanh``) of the
+        first half of ``gate_up[T, 2 * in_features]`` times the second half."""
+        raise NotImplementedError
 
     def gates(self, num_tokens: int) -> bool:
         """Whether a product of so many rows multiplies its own halves; only then is

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 
 import kernels
 from workbench.slots.component import Component
+from workbench.slots.linear import LinearLayer, LinearMethod
 
 
 class Ops(Component):
@@ -43,6 +45,33 @@ class Ops(Component):
     @abstractmethod
     def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``gelu_tanh(gate) * up`` of ``gate_up[T, 2F] = [gate | up]``; ``[T, F]``."""
+
+    def norm_input(
+        self,
+        method: LinearMethod | None,
+        layer: LinearLayer,
+        x: torch.Tensor,
+        norm: kernels.RowNorm,
+        residual: torch.Tensor | None = None,
+    ) -> Any:
+        """What ``method`` applies ``layer`` to: the norm of ``x[T, H]``, or of its sum with
+        ``residual``, which is kept there. Ops that are one launch each leave it to a method that
+        prepares its inputs (:meth:`LinearMethod.prepares`); None: nothing may stand between."""
+        if residual is None:
+            return self.rms_norm(x, norm.weight, norm.eps, offset=norm.offset)
+        return self.add_rms_norm_(x, residual, norm.weight, norm.eps, offset=norm.offset)
+
+    def gate_input(
+        self,
+        method: LinearMethod | None,
+        layer: LinearLayer,
+        gate_up: torch.Tensor,
+        activation: str,
+    ) -> Any:
+        """What ``method`` applies ``layer`` to: the gated activation (``silu``, ``gelu_tanh``) of
+        ``gate_up[T, 2F]``; as :meth:`norm_input`."""
+        gated: torch.Tensor = getattr(self, f"{activation}_and_mul")(gate_up)
+        return gated
 
     @abstractmethod
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:

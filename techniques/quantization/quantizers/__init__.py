@@ -3,6 +3,7 @@
 from techniques.quantization.quantizers.awq import AWQ, AWQOptions
 from techniques.quantization.quantizers.base import InputStatistics, Needs, Quantizer
 from techniques.quantization.quantizers.calibration import PlainLinear
+from techniques.quantization.quantizers.fp8 import FP8
 from techniques.quantization.quantizers.gptq import GPTQ, GPTQOptions
 from techniques.quantization.quantizers.hqq import HQQ, HQQOptions
 from techniques.quantization.quantizers.pipeline import (
@@ -12,9 +13,11 @@ from techniques.quantization.quantizers.pipeline import (
     quantize_decoder,
 )
 from techniques.quantization.quantizers.rtn import RTN, RTNOptions
+from techniques.quantization.quantizers.smoothquant import SmoothQuant, SmoothQuantOptions
 
 __all__ = [
     "AWQ",
+    "FP8",
     "GPTQ",
     "HQQ",
     "RTN",
@@ -29,5 +32,7 @@ __all__ = [
     "QuantizedModel",
     "Quantizer",
     "RTNOptions",
+    "SmoothQuant",
+    "SmoothQuantOptions",
     "quantize_decoder",
 ]

@@ -11,7 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from techniques.quantization.weights import QuantizedWeight, WeightScheme, encode, find_grid
+from techniques.quantization.weights import (
+    QuantizedWeight,
+    Scheme,
+    WeightScheme,
+    encode,
+    find_grid,
+)
 from workbench.core.errors import ConfigError, WorkbenchError
 
 
@@ -55,6 +61,7 @@ class InputStatistics:
         self.name, self.in_features = name, in_features
         self.num_tokens = 0
         self._abs_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._abs_max = torch.zeros(in_features, device=device)
         self._outer: Tensor | None = None
         if keep_hessian:
             self._outer = torch.zeros(in_features, in_features, device=device)
@@ -82,6 +89,8 @@ class InputStatistics:
             )
         self.num_tokens += len(x)
         self._abs_sum += x.abs().sum(0, dtype=torch.float64)
+        if len(x):
+            self._abs_max = torch.maximum(self._abs_max, x.abs().amax(0))
         if self._outer is not None:
             self._outer.addmm_(x.T, x)
         if self._num_rows:
@@ -99,6 +108,11 @@ class InputStatistics:
     def mean_abs(self) -> Tensor:
         """Mean size of each input, ``[K]`` float32."""
         return (self._abs_sum / max(self.num_tokens, 1)).float()
+
+    @property
+    def max_abs(self) -> Tensor:
+        """Greatest size of each input, ``[K]`` float32."""
+        return self._abs_max
 
     @property
     def hessian(self) -> Tensor:
@@ -126,7 +140,7 @@ class InputStatistics:
         is."""
         out = InputStatistics(self.name, self.in_features, keep_hessian=False)
         out.num_tokens, out._num_rows = self.num_tokens, self._num_rows
-        out._abs_sum = self._abs_sum / factors
+        out._abs_sum, out._abs_max = self._abs_sum / factors, self._abs_max / factors
         out._outer = None if self._outer is None else self._outer / torch.outer(factors, factors)
         out._rows = self._rows / factors
         return out
@@ -142,10 +156,18 @@ class Needs:
         ``sum x x^T``.
     rows
         Inputs as they are.
+    sizes
+        The greatest size of each.
     """
 
     hessian: bool = False
     rows: bool = False
+    sizes: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to be known."""
+        return self.hessian or self.rows or self.sizes
 
 
 class Quantizer(ABC):
@@ -157,9 +179,24 @@ class Quantizer(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
+    def needs_for(self, scheme: Scheme) -> Needs:
+        """What it wants to know, of this scheme.
+
+        Raises
+        ------
+        ConfigError
+            It does not find codes of this scheme.
+        """
+        if not isinstance(scheme, WeightScheme):
+            raise ConfigError(
+                f"{type(self).__name__} rounds to integers, and scheme {scheme.name} is of fp8: "
+                "take quantizer=fp8, or a scheme such as w4g64z or w8a8."
+            )
+        return self.needs
+
     @abstractmethod
     def quantize(
-        self, weight: Tensor, scheme: WeightScheme, inputs: InputStatistics | None, name: str = ""
+        self, weight: Tensor, scheme: Any, inputs: InputStatistics | None, name: str = ""
     ) -> QuantizedWeight:
         """Quantise one weight.
 
@@ -179,7 +216,7 @@ class Quantizer(ABC):
         """
 
     def find_scales(
-        self, weights: Sequence[Tensor], scheme: WeightScheme, inputs: InputStatistics
+        self, weights: Sequence[Tensor], scheme: Any, inputs: InputStatistics
     ) -> Tensor | None:
         """Factors ``[K]`` to multiply the columns of ``weights`` with and to divide their common
         inputs by, before anything is rounded; None: the quantiser does not scale.
@@ -237,8 +274,14 @@ def search_grid(
     return best, zeros
 
 
-def output_error(weight: Tensor, found: Tensor, rows: Tensor) -> float:
-    """``|X (W - Q)^T| / |X W^T|`` in Frobenius norms, of ``weight`` and ``found`` ``[N, K]`` on
-    inputs ``[S, K]``."""
-    wanted = (rows @ weight.T).norm()
-    return float((rows @ (weight - found).T).norm() / wanted.clamp(min=1e-30))
+def output_error(
+    weight: Tensor, found: Tensor, rows: Tensor, rounded: Tensor | None = None
+) -> float:
+    """``|X W^T - Y Q^T| / |X W^T|`` in Frobenius norms, of ``weight`` and ``found`` ``[N, K]`` on
+    inputs ``[S, K]`` and what they are rounded to; None: they are not."""
+    wanted = rows @ weight.T
+    if rounded is None:
+        error = rows @ (weight - found).T
+    else:
+        error = wanted - rounded @ found.T
+    return float(error.norm() / wanted.norm().clamp(min=1e-30))

@@ -11,10 +11,11 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
+from kernels.scaled_linear import quantize_rows_reference
 from techniques.quantization.quantizers.base import InputStatistics, Quantizer, output_error
 from techniques.quantization.quantizers.calibration import CalibrationRun, Shard, shards_of
 from techniques.quantization.quantizers.folding import can_fold, fold_scales, folds_of
-from techniques.quantization.weights import QuantizedWeight, WeightScheme
+from techniques.quantization.weights import QuantizedWeight, Scheme
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.models.decoder import Decoder, DecoderLayer
 from workbench.slots.linear import LinearLayer
@@ -60,7 +61,8 @@ class LayerReport:
     Attributes
     ----------
     output_error
-        ``|X (W - Q)^T| / |X W^T|`` on a sample of the calibration inputs; None without any.
+        ``|X W^T - Y Q^T| / |X W^T|`` on a sample ``X`` of the calibration inputs, of which ``Y`` is
+        what the scheme rounds them to; None without any.
     scaled
         Whether its inputs were divided by factors and its columns multiplied.
     seconds
@@ -105,7 +107,7 @@ Progress = Callable[[LayerReport, int, int], None]
 def quantize_decoder(
     decoder: Decoder,
     quantizer: Quantizer,
-    scheme: WeightScheme,
+    scheme: Scheme,
     texts: Sequence[Sequence[int]],
     options: PipelineOptions | None = None,
     progress: Progress | None = None,
@@ -135,7 +137,7 @@ def quantize_decoder(
         A text does not fit the model, or an input on the way is not finite.
     """
     options = PipelineOptions() if options is None else options
-    if not texts and (quantizer.needs.hessian or quantizer.needs.rows):
+    if quantizer.needs_for(scheme).any and not texts:
         raise ConfigError(f"{type(quantizer).__name__} needs calibration texts; none were given.")
     run = CalibrationRun(decoder, texts, options.batch_tokens)
     chosen, kept = _choose(decoder, options)
@@ -150,7 +152,7 @@ class _Pipeline:
         self,
         run: CalibrationRun,
         quantizer: Quantizer,
-        scheme: WeightScheme,
+        scheme: Scheme,
         options: PipelineOptions,
         chosen: list[Shard],
         kept: tuple[str, ...],
@@ -228,7 +230,9 @@ class _Pipeline:
             found = self.quantizer.quantize(weight, self.scheme, inputs, shard.name)
             values = found.dequantize()
             seconds = time.perf_counter() - started
-            error = None if inputs is None else output_error(weight, values, inputs.rows)
+            error = None
+            if inputs is not None:
+                error = output_error(weight, values, inputs.rows, _rounded(found, inputs.rows))
             shard.weight.copy_(values)
             self.found.weights[shard.name] = _on_cpu(found)
             entry = LayerReport(shard.name, error, scaled, seconds)
@@ -269,7 +273,7 @@ def _choose(decoder: Decoder, options: PipelineOptions) -> tuple[list[Shard], tu
     return [shard for shard in shards if shard.name not in kept], kept
 
 
-def _check_groups(chosen: Sequence[Shard], scheme: WeightScheme) -> None:
+def _check_groups(chosen: Sequence[Shard], scheme: Scheme) -> None:
     size = scheme.group_size
     wrong = [shard for shard in chosen if size and shard.layer.in_features % size]
     if not wrong:
@@ -285,6 +289,15 @@ def _check_groups(chosen: Sequence[Shard], scheme: WeightScheme) -> None:
     )
 
 
+def _rounded(found: QuantizedWeight, rows: Tensor) -> Tensor | None:
+    """Inputs ``[S, K]`` as the scheme rounds them; None: it does not."""
+    dtype = found.scheme.input_codes()
+    if dtype is None:
+        return None
+    codes, scales = quantize_rows_reference(rows, dtype, static_scale=found.input_scale)
+    return codes.float() * scales
+
+
 def _on_cpu(found: QuantizedWeight) -> QuantizedWeight:
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.cpu()
@@ -295,4 +308,5 @@ def _on_cpu(found: QuantizedWeight) -> QuantizedWeight:
         found.scales.cpu(),
         moved(found.zeros),
         moved(found.group_index),
+        moved(found.input_scale),
     )
