@@ -48,7 +48,8 @@ class Options:
     Attributes
     ----------
     texts
-        Workloads, one after the other.
+        Workloads, one after the other; ``spec_bench:rag`` is one category of a workload that has
+        ``categories``.
     eagle, medusa
         Folders of trained heads, as of ``train_head``, which add rows: as chains, and as trees;
         ``none`` adds none, ``shipped`` takes the head that comes with the workbench for the model.
@@ -59,7 +60,8 @@ class Options:
     medusa: str = "none"
 
     def __post_init__(self) -> None:
-        for name in self.texts:
+        for text in self.texts:
+            name = text.partition(":")[0]
             if name not in options_of("workload"):
                 raise unknown_name("workload", name, options_of("workload"))
 
@@ -89,11 +91,21 @@ def acceptance_by_position(record: Record) -> list[float]:
     return found
 
 
+def step_parts(record: Record) -> dict[str, float]:
+    """Milliseconds of a mean step: the target's forward pass, drafting, and all else."""
+    prefix = "us_per_step."
+    split = {k.removeprefix(prefix): v for k, v in record.counters.items() if k.startswith(prefix)}
+    model = split.pop("model", 0.0) + split.pop("wait", 0.0)
+    draft = split.pop("draft", 0.0)
+    return {"model": model / 1e3, "draft": draft / 1e3, "host": sum(split.values()) / 1e3}
+
+
 def result_table(groups: Mapping[str, Sequence[Record]]) -> Table:
     """A row a text and drafter."""
     table = command.new_table(
         "output tok/s over the engine without speculation, one request at a time",
-        "text, drafter", "speed-up", "95 %", "tokens a step", "accepted %", "drafted", "verdict",
+        "text, drafter", "speed-up", "95 %", "tokens a step", "accepted %", "drafted",
+        "ms a step: model, draft, host", "verdict",
     )  # fmt: skip
     for text, records in groups.items():
         for record in records:
@@ -101,7 +113,7 @@ def result_table(groups: Mapping[str, Sequence[Record]]) -> Table:
                 continue
             name = f"{text}, {record.variant}"
             if record.speedup is None or record.ci95 is None:
-                table.add_row(name, *["-"] * 5, record.verdict)
+                table.add_row(name, *["-"] * 6, record.verdict)
                 continue
             counts = record.counters
             table.add_row(
@@ -111,21 +123,24 @@ def result_table(groups: Mapping[str, Sequence[Record]]) -> Table:
                 f"{counts['verifier.mean_accepted_length']:.2f}",
                 f"{100 * counts['verifier.acceptance_rate']:.0f}",
                 f"{counts['drafter.drafted_tokens']:,.0f}",
+                ", ".join(f"{ms:.1f}" for ms in step_parts(record).values()),
                 record.verdict,
             )
     return table
 
 
 def draw(groups: Mapping[str, Sequence[Record]], record_file: Path) -> Path | None:
-    """Speed-ups by text, and acceptance by position; None where no row has a speed."""
+    """Speed-ups by text, acceptance by position, and where steps spend their time; None where no
+    row has a speed."""
     passed = [r for records in groups.values() for r in drafting_rows(records)]
     if not passed:
         return None
     details = passed[0].backend.get("details", {})
     what = f"drafters by text · {details.get('model', '')}, {passed[0].backend.get('dtype', '')}"
-    figure, (left, right) = figures.new_figure(figures.title_of(what, passed), 2, width=5.8)
+    figure, (left, middle, right) = figures.new_figure(figures.title_of(what, passed), 3, width=5.8)
     _draw_speedups(left, groups)
-    _draw_acceptance(right, groups)
+    _draw_acceptance(middle, groups)
+    _draw_parts(right, groups)
     return figures.save(figure, record_file, "drafting", passed[0].run_id)
 
 
@@ -176,6 +191,26 @@ def _draw_acceptance(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None
     figures.legend(axes, loc="best")
 
 
+def _draw_parts(axes: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
+    """A bar a text and drafter, and one a text without speculation."""
+    names: list[str] = []
+    for text, records in groups.items():
+        for record in records:
+            if not record.metrics or record.variant not in (*NAMES, "engine"):
+                continue
+            start = 0.0
+            for index, (part, ms) in enumerate(step_parts(record).items()):
+                label = None if names else part
+                axes.barh(len(names), ms, left=start, color=figures.colour(index), label=label)
+                start += ms
+            names.append(f"{text}, {'no drafts' if record.variant == 'engine' else record.variant}")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a step")
+    axes.set_title("where a step's time goes", fontsize=9, loc="left")
+    figures.legend(axes, loc="lower right")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, write records and the figure, print the tables."""
     options, rest = command.parse(Options, arguments)
@@ -183,10 +218,12 @@ def main(arguments: Sequence[str]) -> int:
     groups: dict[str, list[Record]] = {}
     record_file = Path()
     for text in options.texts:
-        overrides = ["+experiment=drafting", f"workload={text}", *rest]
+        name, _, category = text.partition(":")
+        chosen = [f"workload={name}"] + ([f"workload.categories=[{category}]"] if category else [])
+        overrides = ["+experiment=drafting", *chosen, *rest]
         results = measure(overrides, options.drafters(), line)
         print_table(results, command.console())
-        groups[text], record_file = rows.records_of(results), rows.file_of(results)
+        groups[category or name], record_file = rows.records_of(results), rows.file_of(results)
     path = draw(groups, record_file)
     command.show(result_table(groups), f"records: {record_file}", f"figure:  {path}")
     return int(not all(r.is_passed for records in groups.values() for r in records))

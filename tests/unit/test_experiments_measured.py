@@ -146,7 +146,7 @@ def test_alternatives_need_one_base() -> None:
 
 def test_drafting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("workload.num_requests=2", "workload.max_tokens=40", "workload.ignore_eos=true")
-    status, records = run(drafting.main, tmp_path, "texts=chat", *sizes)
+    status, records = run(drafting.main, tmp_path, "texts=text:chat", "eagle=none", *sizes)
     assert status == 0
     base, *drafted = records
     assert [r.variant for r in drafted] == list(drafting.DRAFTERS)
@@ -160,4 +160,4 @@ def test_drafting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_text_that_is_none_is_named() -> None:
     with pytest.raises(ConfigError, match="workload 'prose'"):
-        drafting.Options(texts=("prose",))
+        drafting.Options(texts=("prose:chat",))
