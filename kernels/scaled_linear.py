@@ -319,7 +319,9 @@ def choose_implementation(layer: ScaledLinear, num_rows: int, dtype: torch.dtype
     if device.type == "cuda":
         if num_rows <= _MAX_SKINNY_ROWS:
             return "skinny"
-        return "triton" if cublas_limit(layer, num_rows, dtype) else "cublas"
+        # The library's product of blocks has not been timed yet.
+        is_triton = layer.format == "fp8_block" or cublas_limit(layer, num_rows, dtype)
+        return "triton" if is_triton else "cublas"
     return "int_mm" if layer.format == "int8" and device.type == "cpu" else "reference"
 
 

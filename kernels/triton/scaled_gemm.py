@@ -20,7 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton import has_dependent_launch, has_large_shared_memory, is_interpreted
+from kernels.triton import (
+    has_dependent_launch,
+    has_large_shared_memory,
+    is_interpreted,
+    num_multiprocessors,
+)
 from kernels.triton.launch import Launcher, dependent_options, planned
 from kernels.triton.numbers import as_bits, decode_kv
 from kernels.triton.scaled_skinny import GROUP_SIZE, check_scaled
@@ -81,7 +86,7 @@ def _gemm(
     (num_tokens, in_features), out_features = codes.shape, weight.shape[0]
     has_groups = check_scaled(codes, scales, weight, weight_scales)
     if tiling is None:
-        tiling = choose_tiling(num_tokens, out_features, has_groups, codes.device)
+        tiling = choose_tiling(num_tokens, out_features, has_groups, codes.device, codes.dtype)
     if has_groups and (tiling.block_k != GROUP_SIZE or GROUP_SIZE % tiling.block_n):
         raise ValueError(f"scales of groups do not fit tiles of {tiling}")
     num_tiles = triton.cdiv(num_tokens, tiling.block_m) * triton.cdiv(out_features, tiling.block_n)
@@ -198,18 +203,27 @@ def scaled_gemm_kernel(
 
 
 def choose_tiling(
-    num_tokens: int, out_features: int, has_groups: bool, device: torch.device
+    num_tokens: int,
+    out_features: int,
+    has_groups: bool,
+    device: torch.device,
+    code_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> GemmTiling:
-    """The cut that suits a shape (``experiments.gpu_scaled --tune``)."""
+    """The cut that suits a shape: the largest of which there are about as many tiles as there are
+    multiprocessors. Sizes as measured on an H100 (``experiments.gpu_scaled --tune``)."""
     if not has_large_shared_memory(device):
         return GemmTiling(64, 64, num_warps=4, num_stages=3)
-    if num_tokens <= 64:
-        return GemmTiling(64, 64, num_warps=4, num_stages=5)
-    if num_tokens <= 256:
-        return GemmTiling(64, 128, num_warps=4, num_stages=5)
-    if has_groups:
-        return GemmTiling(128, 128, num_warps=8, num_stages=4)
-    return GemmTiling(128, 256, num_warps=8, num_stages=3)
+    sizes = [
+        GemmTiling(128, 128, num_warps=8, num_stages=4 if has_groups else 3),
+        GemmTiling(64, 128, num_warps=4, num_stages=5),
+    ]
+    if not has_groups and code_dtype != torch.int8:
+        sizes.insert(0, GemmTiling(128, 256, num_warps=8, num_stages=3))
+    for tiling in sizes:
+        tiles = triton.cdiv(num_tokens, tiling.block_m) * triton.cdiv(out_features, tiling.block_n)
+        if 10 * tiles >= 9 * num_multiprocessors(device):
+            return tiling
+    return GemmTiling(64, 64, num_warps=4, num_stages=5)
 
 
 def example_launches() -> dict[str, Callable[[], object]]:
