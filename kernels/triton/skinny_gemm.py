@@ -153,31 +153,40 @@ def skinny_gemm_kernel(
             tl.store(parts + place * (BLOCK_T * BLOCK_N) + part, acc, mask=is_token[None, :])
             # All threads have written before the one that counts says so to other programs.
             tl.debug_barrier()
-            first_program = _owner(tile * blocks, share, extra)
-            num_pieces = _owner(tile * blocks + blocks - 1, share, extra) - first_program + 1
+            first_program = owner_of(tile * blocks, share, extra)
+            num_pieces = owner_of(tile * blocks + blocks - 1, share, extra) - first_program + 1
             if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
                 tl.store(counters + tile, 0)  # for the next launch
-                merged = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-                for piece in range(0, num_pieces, _MERGED):
-                    for i in tl.static_range(_MERGED):
-                        place = (first_program + piece + i) * 2 + (piece + i == 0)
-                        merged += tl.load(
-                            parts + place * (BLOCK_T * BLOCK_N) + part,
-                            mask=is_token[None, :] & (piece + i < num_pieces),
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
+                merged = add_pieces(parts, part, first_program, num_pieces, is_token)
                 _store(out, merged, bias, source, tile, token, is_token, out_features, ACTIVATION)
         block += count
 
 
 @triton.jit
-def _owner(block, share, extra):
+def owner_of(block, share, extra):
     """Program whose share holds a block; shares are of ``share + 1`` blocks, then of ``share``."""
     long = extra * (share + 1)
     return tl.where(
         block < long, block // (share + 1), extra + (block - long) // tl.maximum(share, 1)
     )
+
+
+@triton.jit
+def add_pieces(parts, part, first_program, num_pieces, is_token):
+    """Sums ``[N, T]`` of a tile from those of its pieces, which lie at ``part`` from their places,
+    in their order along K."""
+    SIZE: tl.constexpr = part.shape[0] * part.shape[1]
+    merged = tl.zeros(part.shape, tl.float32)
+    for piece in range(0, num_pieces, _MERGED):
+        for i in tl.static_range(_MERGED):
+            place = (first_program + piece + i) * 2 + (piece + i == 0)
+            merged += tl.load(
+                parts + place * SIZE + part,
+                mask=is_token[None, :] & (piece + i < num_pieces),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+    return merged
 
 
 @triton.jit
@@ -272,7 +281,7 @@ def skinny_linear(
     tensors = (out, x, weight, bias)
     is_aligned = weight.data_ptr() % 16 == 0
     launch = _skinny.find(tensors, activation or "none", is_aligned, tiling, is_dependent)
-    launch(*tensors, _PARTS[x.device][-1], _COUNTERS[x.device][-1])
+    launch(*tensors, *scratch_of(x.device))
     return out
 
 
@@ -300,7 +309,7 @@ def _skinny(
         blocks = tiles * triton.cdiv(in_features, tiling.block_k)
         num_programs = min(tiling.programs * num_multiprocessors(x.device), blocks)
     block_t = max(16, triton.next_power_of_2(num_tokens))
-    _keep_scratch(2 * num_programs * block_t * tiling.block_n, tiles, x.device)
+    keep_scratch(2 * num_programs * block_t * tiling.block_n, tiles, x.device)
     if is_dependent is None:
         is_dependent = has_dependent_launch(x.device)
     can_prefetch = (
@@ -359,7 +368,7 @@ def choose_tiling(
     return SkinnyTiling(64, 256, num_stages=3, programs=1)
 
 
-def _keep_scratch(num_parts: int, num_counters: int, device: torch.device) -> None:
+def keep_scratch(num_parts: int, num_counters: int, device: torch.device) -> None:
     """Have room for sums, and counters that each launch leaves at 0.
 
     Kept for ever, since a captured graph may hold them.
@@ -380,6 +389,11 @@ def _keep_scratch(num_parts: int, num_counters: int, device: torch.device) -> No
         if lacks_counters:
             size = max(num_counters, _MIN_COUNTERS)
             counters.append(torch.zeros(size, dtype=torch.int32, device=device))
+
+
+def scratch_of(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for sums, and counters, after :func:`keep_scratch`."""
+    return _PARTS[device][-1], _COUNTERS[device][-1]
 
 
 def example_launches() -> dict[str, Callable[[], object]]:
