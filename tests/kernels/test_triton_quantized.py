@@ -172,9 +172,7 @@ def test_few_rows_in_every_cut(bits: int, group: int, block_n: int, block_q: int
 @pytest.mark.parametrize("form", ["norm", "offset", "residual", "silu", "gelu_tanh"])
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_row_with_its_neighbours(
-    bits: int, group: int, form: str, dtype: torch.dtype
-) -> None:
+def test_one_row_with_its_neighbours(bits: int, group: int, form: str, dtype: torch.dtype) -> None:
     from kernels.triton.quantized_gemv import quantized_gemv
 
     weight = Weight(36, 384, bits, group, False, dtype)
