@@ -302,8 +302,10 @@ def apply_quantized_row(
             x, norm = norms.rms_norm(x, norm.weight, norm.eps, offset=norm.offset), None
         x = x.index_select(1, layer.input_order)
     parts = (layer.packed, layer.scales, layer.zeros, layer.bias)
-    options = {"norm": norm, "residual": residual, "activation": activation}
-    return quantized_gemv(x, *parts, bits=layer.bits, rows=layer.out_features, **options)
+    return quantized_gemv(
+        x, *parts, bits=layer.bits, rows=layer.out_features, norm=norm, residual=residual,
+        activation=activation,
+    )  # fmt: skip
 
 
 def dequantized_weight(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,9 @@ def pack_tiles(codes: Tensor, bits: int, padding: int = 0) -> Tensor:
     Tensor int32
         As :func:`packed_shape` says.
     """
-    out = torch.empty(packed_shape(*codes.shape, bits), dtype=torch.int32, device=codes.device)
+    out_features, in_features = codes.shape
+    shape = packed_shape(out_features, in_features, bits)
+    out = torch.empty(shape, dtype=torch.int32, device=codes.device)
     for first in range(0, codes.shape[0], _ROWS_AT_ONCE):
         some = codes[first : first + _ROWS_AT_ONCE]
         beyond = (0, -some.shape[1] % CHUNK, 0, -some.shape[0] % TILE_ROWS)
@@ -89,7 +91,7 @@ def pack_tiles(codes: Tensor, bits: int, padding: int = 0) -> Tensor:
         if bits == 8:
             target.view(torch.int8).copy_(tiles)
             continue
-        runs = tiles.unflatten(3, (_RUNS, CHUNK // _RUNS)).to(torch.int16)
+        runs = tiles.reshape(*tiles.shape[:3], _RUNS, CHUNK // _RUNS).to(torch.int16)
         words = runs[..., 0, :].clone()
         for run in range(1, _RUNS):
             words |= runs[..., run, :] << (4 * run)

@@ -81,10 +81,8 @@ def multiply_gated(
     -------
     Tensor [T, N / 2]
     """
-    options = {"bits": bits, "rows": rows, "activation": activation}
-    if len(x) <= MAX_GEMV_ROWS:
-        return quantized_gemv(x, words, scales, zeros, bias, **options)
-    return quantized_gemm(x, words, scales, zeros, bias, **options)
+    product = quantized_gemv if len(x) <= MAX_GEMV_ROWS else quantized_gemm
+    return product(x, words, scales, zeros, bias, bits=bits, rows=rows, activation=activation)
 
 
 def multiply_written_out(
