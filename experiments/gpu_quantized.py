@@ -11,7 +11,7 @@ several times. TB/s counts the bytes of codes, scales and zero points.
 takes them. The rules are in ``choose_tiling`` of each kernel and in ``quantized_product``.
 
 Options: ``--schemes w4g128,w8``, ``--only TEXT,TEXT`` (layers whose name contains one of these),
-``--rows 1,8``, ``--out FILE`` (records are appended, as JSONL), ``--replays N``,
+``--rows 1,8``, ``--tuned-rows 1,16``, ``--out FILE`` (records are appended), ``--replays N``,
 ``--limit-seconds S`` (no cut is tried after so long). The exit code is 1 where a case was wrong.
 """
 
@@ -21,7 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from experiments.gpu_linear import BOUND, DTYPE, MODELS, Report, random_weight
 from kernels.quantized_linear import QuantizedLinear, dequantized_weight
 from kernels.triton.launch import compiled_together
 from kernels.triton.quantized_gemm import QuantizedGemmTiling, quantized_gemm
-from kernels.triton.quantized_gemv import MAX_ROWS, QuantizedGemvTiling, quantized_gemv
+from kernels.triton.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from kernels.triton.quantized_layout import packed_shape
 from kernels.triton.quantized_product import choose_kernel, multiply, multiply_written_out
 from techniques.quantization.weights import WeightScheme
@@ -48,52 +48,53 @@ BOUND_OF_SCALED = 2 * BOUND
 Cut = tuple[str, Any]
 
 
-def gemv_cuts(rows: int) -> list[Cut]:
-    """From 4 to 16 pieces of 16 bytes a thread."""
-    found = []
-    for warps in (2, 4, 8) if rows == 1 else (4,):
-        for block_q in (16, 32, 64, 128):
-            for block_n in (4, 8, 16, 32):
-                if 4 <= block_n * block_q // (32 * warps) <= 16:
-                    found.append(("gemv", QuantizedGemvTiling(block_n, block_q, warps)))
-    return found
+def gemv_cuts() -> list[Cut]:
+    """block_n, pieces of 16 bytes, num_warps."""
+    shapes = ((8, 32, 2), (4, 64, 2), (4, 128, 4), (8, 128, 4), (8, 64, 2), (16, 64, 4))
+    return [("gemv", QuantizedGemvTiling(*shape)) for shape in shapes]
 
 
 def gemm_cuts(rows: int, bits: int) -> list[Cut]:
     """Cuts by shared-out blocks for few rows, by whole tiles for many."""
     found: list[QuantizedGemmTiling] = []
-    if rows <= 64:
-        block_t = max(16, 1 << (rows - 1).bit_length())
-        shapes = [(64, 128, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (32, 128, 2)]
-        if bits == 8:
-            shapes += [(64, 256, 4), (64, 64, 4)]
-        for block_n, block_k, warps in shapes:
-            for stages in (3, 5):
-                for programs in (1, 2, 3, 4):
-                    cut = QuantizedGemmTiling(block_t, block_n, block_k, warps, stages, programs)
-                    found.append(cut)
-            found.append(QuantizedGemmTiling(block_t, block_n, block_k, warps, 4, 0))
+    block_t = max(16, min(128, 1 << (rows - 1).bit_length()))
+    if rows <= 16:
+        shapes = [(64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 4), (32, 2, 3), (32, 2, 4)]
+        for block_n, warps, stages in shapes:
+            for programs in (2, 3, 4, 0):
+                cut = QuantizedGemmTiling(block_t, block_n, 128, warps, stages, programs)
+                found.append(cut)
+        found += [replace(cut, prefetched=0) for cut in found if cut.block_n == 128][:8]
+    elif rows <= 64:
+        shapes = [(64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 4, 3), (32, 2, 3)]
+        for block_n, warps, stages in shapes:
+            for programs in (1, 2, 3, 0):
+                cut = QuantizedGemmTiling(block_t, block_n, 128, warps, stages, programs)
+                found.append(cut)
+        found += [
+            QuantizedGemmTiling(block_t, *shape, scales_weights=True)
+            for shape in ((128, 128, 8, 3, 1), (128, 128, 8, 3, 2), (128, 128, 8, 3, 0),
+                          (64, 128, 4, 3, 2), (64, 128, 4, 3, 3), (64, 128, 4, 3, 0))
+        ]  # fmt: skip
     else:
         for block_t, block_n, warps, stages in (
-            (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4),
-            (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 3),
-            (256, 64, 4, 3), (256, 128, 8, 2), (256, 128, 8, 3),
+            (64, 128, 8, 3), (64, 128, 4, 3), (64, 256, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3),
+            (128, 128, 4, 3), (128, 256, 8, 3), (256, 64, 4, 2), (256, 128, 8, 3),
         ):  # fmt: skip
             if block_t > rows:
                 continue
-            for block_k in (64, 128) if bits == 8 else (128,):
-                for programs in (0, 1) if block_n * block_t >= 128 * 128 else (0, 2):
-                    shape = (block_t, block_n, block_k, warps, stages, programs)
-                    found.append(QuantizedGemmTiling(*shape, scales_weights=True))
+            for programs in (0, 1) if block_n * block_t >= 128 * 128 else (0, 2):
+                shape = (block_t, block_n, 128, warps, stages, programs)
+                found.append(QuantizedGemmTiling(*shape, scales_weights=True))
     return [("gemm", tiling) for tiling in found]
 
 
 def cuts(rows: int, bits: int) -> list[Cut]:
     """What may be best for so many rows."""
-    found = gemv_cuts(rows) if rows <= MAX_ROWS else []
+    found = gemv_cuts() if rows == 1 else []
     found += gemm_cuts(rows, bits)
     if rows >= 128:
-        found += [("written_out", size << 20) for size in (16, 24, 32, 64, 512)]
+        found += [("written_out", size << 20) for size in (24, 64, 512)]
     return found
 
 
@@ -125,7 +126,7 @@ class Layer:
 def make_layer(name: str, scheme: WeightScheme, copies: int = 0) -> Layer:
     """Random bits are codes of any value. ``copies`` 0: as many as exceed the L2 cache."""
     out_features, in_features = LAYERS[name]
-    grid = (out_features, scheme.num_groups(in_features))
+    grid = (scheme.num_groups(in_features), out_features)
     size = out_features * in_features * scheme.bits // 8
 
     def draw() -> QuantizedLinear:
@@ -133,7 +134,7 @@ def make_layer(name: str, scheme: WeightScheme, copies: int = 0) -> Layer:
         words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
         step = 2.0 ** (1 - scheme.bits) * in_features**-0.5
         scales = (torch.rand(grid, device=DEVICE) + 0.5) * step
-        scales = scales.to(torch.float32 if grid[1] == 1 else DTYPE)
+        scales = scales.to(torch.float32 if grid[0] == 1 else DTYPE)
         zeros = None
         if scheme.has_zeros:
             low = 0 if scheme.bits == 4 else -128
@@ -170,7 +171,8 @@ def describe(cut: Cut | None) -> str:
     if name == "gemm":
         scaled = " scaled" if how.scales_weights else ""
         shape = f"{how.block_t}x{how.block_n}x{how.block_k}"
-        return f"gemm {shape} w{how.num_warps} s{how.num_stages} p{how.programs}{scaled}"
+        cut = f"gemm {shape} w{how.num_warps} s{how.num_stages} p{how.programs}"
+        return f"{cut} f{how.prefetched}{scaled}"
     return f"written_out {how >> 20} MiB"
 
 
@@ -300,6 +302,7 @@ def summarise(dense: Times, times: Times, schemes: Sequence[str], report: Report
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tuned-rows", default="1,16,32,64,128,512")
     parser.add_argument("--schemes", default="w4g128,w8")
     parser.add_argument("--only", default="")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
@@ -314,6 +317,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = [text for text in options.only.split(",") if text]
     names = [n for n in LAYERS if not wanted or any(text in n for text in wanted)]
     counts = sorted(int(n) for n in options.rows.split(","))
+    tuned = sorted(int(n) for n in options.tuned_rows.split(","))
     schemes = [WeightScheme.parse(name) for name in options.schemes.split(",")]
     report = Report(options.out, machine())
     print(report.host, flush=True)
@@ -321,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     for record in dense.values():
         report.add(record)
     if options.tune:
-        compile_all(names, schemes, counts)
+        compile_all(names, schemes, tuned)
         print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
     times: Times = {}
     num_left = len(schemes) * len(names)
@@ -332,10 +336,12 @@ def main(arguments: Sequence[str]) -> int:
             if options.tune:
                 left = began + options.limit_seconds - time.perf_counter()
                 deadline = time.perf_counter() + left / num_left
-                best = tune(layer, counts, report, deadline, max(5, options.replays // 3))
+                best = tune(layer, tuned, report, deadline, max(5, options.replays // 3))
             num_left -= 1
             for count in counts:
-                cut = best.get((scheme.name, name, count))
+                # What was the best for as many rows, or for the next greater number that was tried.
+                near = next((n for n in tuned if n >= count), None)
+                cut = best.get((scheme.name, name, near or 0))
                 record = run_case(layer, count, cut, options.replays, mode="compare")
                 report.add(record)
                 times[scheme.name, name, count] = record

@@ -195,9 +195,9 @@ def _pack_for_triton(
         codes = codes if zeros is not None else codes + 8
     elif zeros is not None:
         codes, zeros = codes - 128, zeros - 128
-    stored = None if zeros is None else zeros.to(torch.int8).contiguous()
+    stored = None if zeros is None else zeros.T.to(torch.int8).contiguous()
     packed = pack_tiles(codes, bits)
-    kept = scales.to(_scale_dtype(scales, dtype)).contiguous()
+    kept = scales.T.to(_scale_dtype(scales, dtype)).contiguous()
     return QuantizedLinear(*common, "triton", packed, kept, stored, bias, order)
 
 

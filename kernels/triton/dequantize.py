@@ -36,6 +36,7 @@ def dequantize_kernel(
     out_stride,
     chunks,
     num_groups,
+    total_rows,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,7 +61,6 @@ def dequantize_kernel(
     else:
         codes = words.to(tl.pointer_type(tl.int8), bitcast=True)
     w = tl.load((codes + at)[:, None] + within[None, :])
-    grid_rows = source.to(tl.int64) * num_groups
     is_row = row < num_rows
     out_rows = out + row.to(tl.int64) * out_stride
     if IS_DEPENDENT:
@@ -76,7 +76,7 @@ def dequantize_kernel(
             group = column * 0
         else:
             group = tl.minimum(column // GROUP, num_groups - 1)
-        places = grid_rows[:, None] + group[None, :]
+        places = source[:, None] + (group.to(tl.int64) * total_rows)[None, :]
         if zeros is not None:
             code -= tl.load(zeros + places).to(tl.float32)
         elif BITS == 4:
@@ -121,9 +121,9 @@ def _dequantize(
     first_row: int,
 ) -> Launcher:
     num_rows, in_features = out.shape
-    num_groups = scales.shape[1]
+    num_groups = scales.shape[0]
     assert words.shape == packed_shape(rows, in_features, bits) and words.is_contiguous()
-    assert scales.shape == (rows, num_groups) and scales.is_contiguous()
+    assert scales.shape == (num_groups, rows) and scales.is_contiguous()
     assert zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous())
     assert out.stride(1) == 1 and first_row + num_rows <= rows
     is_dependent = has_dependent_launch(out.device)
@@ -137,6 +137,7 @@ def _dequantize(
         out.stride(0),
         num_chunks(in_features),
         num_groups,
+        rows,
         BITS=bits,
         GROUP=group_of(in_features, num_groups),
         BLOCK_N=_BLOCK_N,
@@ -155,7 +156,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         dtype: torch.dtype, rows: int, in_features: int, bits: int, group: int, has_zeros: bool
     ) -> Callable[[], object]:
         def run() -> None:
-            shape = (rows, in_features // group if group else 1)
+            shape = (in_features // group if group else 1, rows)
             dequantize_rows_(
                 torch.empty(rows, in_features, dtype=dtype),
                 torch.empty(packed_shape(rows, in_features, bits), dtype=torch.int32),

@@ -46,6 +46,9 @@ class QuantizedGemmTiling:
         Programs a multiprocessor; 0 for one program a tile, whose sums need no merging.
     scales_weights
         Whether weights are scaled before they are multiplied, and not their sums.
+    prefetched
+        Blocks of the weight that a program asks the L2 cache for before it waits for the launch
+        ahead; a power of two, or 0.
     """
 
     block_t: int
@@ -55,6 +58,7 @@ class QuantizedGemmTiling:
     num_stages: int = 4
     programs: int = 0
     scales_weights: bool = False
+    prefetched: int = 4
 
 
 def quantized_gemm(
@@ -124,10 +128,10 @@ def _gemm(
     is_dependent: bool | None,
 ) -> Launcher:
     (num_tokens, in_features), out_features = x.shape, out.shape[1]
-    num_groups = scales.shape[1]
+    num_groups = scales.shape[0]
     group = group_of(in_features, num_groups)
     assert words.shape == packed_shape(rows, in_features, bits) and words.is_contiguous()
-    assert scales.shape == (rows, num_groups) and scales.is_contiguous()
+    assert scales.shape == (num_groups, rows) and scales.is_contiguous()
     assert zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous())
     if tiling is None:
         tiling = choose_tiling(rows, in_features, bits, group, num_tokens, x.device)
@@ -156,14 +160,17 @@ def _gemm(
         x.stride(0),
         num_chunks(in_features),
         num_groups,
+        rows,
         BITS=bits,
         GROUP=group,
+        PREFETCHED=tiling.prefetched,
         BLOCK_T=tiling.block_t,
         BLOCK_N=tiling.block_n,
         BLOCK_K=block_k,
         STAGES=tiling.num_stages,
         BESIDE=_BESIDE,
         SCALES_WEIGHTS=tiling.scales_weights,
+        IS_SHARED=tiling.programs > 0,
         IS_EVEN=in_features % block_k == 0,
         ACTIVATION=activation,
         DECODE_0=decoders[0] if bits == 4 else "",
@@ -199,7 +206,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
     ) -> Callable[[], object]:
         def run() -> object:
             bits = 8 if "w8" in form else 4
-            shape = (rows, in_features // group if group else 1)
+            shape = (in_features // group if group else 1, rows)
             return quantized_gemm(
                 torch.empty(num_tokens, in_features, dtype=dtype),
                 torch.empty(packed_shape(rows, in_features, bits), dtype=torch.int32),

@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton.activation import gate
+from kernels.triton.prefetch import prefetch
 from kernels.triton.quantized_layout import TILE_ROWS
 from kernels.triton.skinny_gemm import add_pieces, owner_of
 
@@ -72,14 +73,17 @@ def quantized_gemm_kernel(
     x_stride,
     chunks,
     num_groups,
+    num_rows,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     BESIDE: tl.constexpr,
     SCALES_WEIGHTS: tl.constexpr,
+    IS_SHARED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DECODE_0: tl.constexpr,
@@ -92,15 +96,21 @@ def quantized_gemm_kernel(
     """Grid: (programs). Blocks are counted along K first, then from tile to tile.
 
     With an activation, a tile is as many rows of the gate as of what it multiplies. ``GROUP`` is 0
-    for one scale an output; ``DECODE`` are the instructions of each run of 4 bits.
+    for one scale an output; ``DECODE`` are the instructions of each run of 4 bits. ``IS_SHARED``:
+    programs may end within a tile.
     """
     IS_GATED: tl.constexpr = ACTIVATION != "none"
     WIDTH: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N  # columns of the output
     STORED: tl.constexpr = BLOCK_K // 4 if BITS == 4 else BLOCK_K  # words of 16 bits, or bytes
     ROW: tl.constexpr = 32 if BITS == 4 else 128  # of them in a row of a tile
-    RUNS: tl.constexpr = 4 if BITS == 4 else 1
     IN_ORDER: tl.constexpr = GROUP == 0 or GROUP >= BLOCK_K  # one scale a block
+    # A block of 4 bits is one product where it has one scale and one chunk, else one for each run.
+    IS_JOINED: tl.constexpr = BITS == 4 and IN_ORDER and BLOCK_K == 128
+    RUNS: tl.constexpr = 4 if BITS == 4 and not IS_JOINED else 1
     IS_CHAINED: tl.constexpr = GROUP == 0 or SCALES_WEIGHTS  # all products into one sum
+    # What is multiplied into weights is loaded in its step: carried from step to step, it would
+    # not be had in the layout of the tensor cores.
+    IS_AHEAD: tl.constexpr = IN_ORDER and not IS_CHAINED
     program = tl.program_id(0)
     blocks = tl.cdiv(in_features, BLOCK_K)  # of a tile
     tiles_n = tl.cdiv(out_features, WIDTH)
@@ -114,10 +124,15 @@ def quantized_gemm_kernel(
     stored = tl.arange(0, STORED)
     if IS_DEPENDENT:
         gdc_launch_dependents()
+        if PREFETCHED > 0:
+            _prefetch_weight(
+                words, block, last_block, blocks, tiles_n, tiles_t, chunks, out_features,
+                BITS, BLOCK_N, WIDTH, BLOCK_K, BESIDE, PREFETCHED,
+            )  # fmt: skip
         gdc_wait()  # the launch before wrote x, and may use the same parts and counters
     if BITS == 4:
         codes = words.to(tl.pointer_type(tl.int16), bitcast=True)
-        column = stored // 32 * 128 + stored % 32
+        column = tl.arange(0, 128) if IS_JOINED else stored // 32 * 128 + stored % 32
     else:
         codes = words.to(tl.pointer_type(tl.int8), bitcast=True)
         column = stored
@@ -125,11 +140,8 @@ def quantized_gemm_kernel(
         tile = block // blocks
         first = block - tile * blocks
         count = tl.minimum(blocks - first, last_block - block)
-        group_of_tiles = tile // (BESIDE * tiles_n)
-        members = tl.minimum(tiles_t - group_of_tiles * BESIDE, BESIDE)
-        nth = tile - group_of_tiles * BESIDE * tiles_n
-        tile_n = nth // members
-        token = (group_of_tiles * BESIDE + nth % members) * BLOCK_T + tl.arange(0, BLOCK_T)
+        tile_t, tile_n = _place_of(tile, tiles_n, tiles_t, BESIDE)
+        token = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
         is_token = token < num_tokens
         # Rows beyond the end are read as the last one, and not written.
         if IS_GATED:
@@ -140,9 +152,10 @@ def quantized_gemm_kernel(
         at = (source // _TILE_ROWS).to(tl.int64) * chunks * (_TILE_ROWS * ROW)
         w_rows = codes + at + source % _TILE_ROWS * ROW
         x_rows = x + token.to(tl.int64) * x_stride
-        grid_rows = source.to(tl.int64) * num_groups
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-        s, z = _load_grid(scales, zeros, grid_rows, first * BLOCK_K, num_groups, BITS, GROUP, x)
+        s, z = _load_grid(
+            scales, zeros, source, first * BLOCK_K, num_groups, num_rows, BITS, GROUP, x
+        )
         for k in tl.range(first, first + count, num_stages=STAGES):
             at_k = k * BLOCK_K
             if BLOCK_K >= 128:
@@ -153,21 +166,30 @@ def quantized_gemm_kernel(
             else:  # 8 bits in small groups: a part of a chunk
                 within = at_k // 128 * (_TILE_ROWS * ROW) + at_k % 128 + stored
             w = tl.load(w_rows[:, None] + within[None, :])
-            if IN_ORDER and GROUP != 0:  # on their way while this block is multiplied
+            if IS_AHEAD:  # on their way while this block is multiplied
                 next_s, next_z = _load_grid(
-                    scales, zeros, grid_rows, at_k + BLOCK_K, num_groups, BITS, GROUP, x
+                    scales, zeros, source, at_k + BLOCK_K, num_groups, num_rows, BITS, GROUP, x
                 )
+            elif IN_ORDER and GROUP != 0:
+                s, z = _load_grid(scales, zeros, source, at_k, num_groups, num_rows, BITS, GROUP, x)
             if not IS_CHAINED:
                 part = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            for RUN in tl.static_range(RUNS):
-                if not IN_ORDER and RUN * 32 % GROUP == 0:
-                    s, z = _load_grid(
-                        scales, zeros, grid_rows, at_k + RUN * 32, num_groups, BITS, GROUP, x
-                    )
-                numbers = _decode(
-                    w, s, z, x, zeros, RUN, BITS, SCALES_WEIGHTS and GROUP != 0,
+            if IS_JOINED:
+                numbers = _decode_block(
+                    w, s, z, x, zeros, SCALES_WEIGHTS and GROUP != 0,
                     DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
                 )  # fmt: skip
+            for RUN in tl.static_range(RUNS):
+                if not IN_ORDER and RUN * 32 % GROUP == 0:
+                    at_s = at_k + RUN * 32
+                    s, z = _load_grid(
+                        scales, zeros, source, at_s, num_groups, num_rows, BITS, GROUP, x
+                    )
+                if not IS_JOINED:
+                    numbers = _decode(
+                        w, s, z, x, zeros, RUN, BITS, SCALES_WEIGHTS and GROUP != 0,
+                        DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+                    )  # fmt: skip
                 at_x = at_k + RUN * 32 + column
                 mask = is_token[:, None]
                 if not IS_EVEN:
@@ -184,14 +206,14 @@ def quantized_gemm_kernel(
                     if not IN_ORDER and (RUN + 1) * 32 % GROUP == 0:
                         acc += part * s.to(tl.float32)[:, None]
                         part = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            if IN_ORDER and GROUP != 0:
-                if not IS_CHAINED:
-                    acc += part * s.to(tl.float32)[:, None]
+            if IN_ORDER and not IS_CHAINED:
+                acc += part * s.to(tl.float32)[:, None]
+            if IS_AHEAD:
                 s = next_s
                 z = next_z
         if GROUP == 0:
             acc = acc * tl.load(scales + source).to(tl.float32)[:, None]
-        if count == blocks:
+        if not IS_SHARED or count == blocks:
             _store(out, acc, bias, source, tile_n, token, is_token, out_features, ACTIVATION)
         else:
             # A program has two places: for the tile it begins within, and for one it begins.
@@ -211,21 +233,67 @@ def quantized_gemm_kernel(
 
 
 @triton.jit
+def _place_of(tile, tiles_n, tiles_t, BESIDE: tl.constexpr):
+    """Which rows of x and of the weight a tile multiplies."""
+    group_of_tiles = tile // (BESIDE * tiles_n)
+    members = tl.minimum(tiles_t - group_of_tiles * BESIDE, BESIDE)
+    nth = tile - group_of_tiles * BESIDE * tiles_n
+    return group_of_tiles * BESIDE + nth % members, nth // members
+
+
+@triton.jit
+def _prefetch_weight(
+    words,
+    block,
+    last_block,
+    blocks,
+    tiles_n,
+    tiles_t,
+    chunks,
+    out_features,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BESIDE: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+):
+    """Ask the L2 cache for a program's first blocks of the weight, of the first tile alone."""
+    tile = block // blocks
+    _, tile_n = _place_of(tile, tiles_n, tiles_t, BESIDE)
+    first_row = tl.arange(0, BLOCK_N // _TILE_ROWS) * _TILE_ROWS  # of tiles of the layout
+    if WIDTH < BLOCK_N:
+        source = tile_n * WIDTH + first_row % WIDTH + first_row // WIDTH * out_features
+    else:
+        source = tile_n * WIDTH + first_row
+    piece = tl.arange(0, PREFETCHED)
+    last = tl.minimum(last_block, (tile + 1) * blocks) - 1
+    at_k = (tl.minimum(block + piece, last) - tile * blocks) * BLOCK_K
+    chunk = tl.minimum(at_k // 128, chunks - 1)
+    tiles = tl.minimum(source, out_features * (BLOCK_N // WIDTH) - 1) // _TILE_ROWS
+    place = (tiles.to(tl.int64) * chunks)[:, None] + chunk[None, :]
+    SIZE: tl.constexpr = 64  # words: 256 bytes, so that threads have places of their own
+    part = tl.arange(0, BITS) * SIZE
+    prefetch(words + (place * (_TILE_ROWS * BITS * 4))[:, :, None] + part[None, None, :], SIZE)
+
+
+@triton.jit
 def _load_grid(
     scales,
     zeros,
-    grid_rows,
+    source,
     column,
     num_groups,
+    num_rows,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     x,
 ):
     """Scales of a column's group, ``[rows]``, and what to add to its numbers for zero points."""
     if GROUP == 0:
-        at = grid_rows
+        at = source
     else:
-        at = grid_rows + tl.minimum(column // GROUP, num_groups - 1)
+        at = tl.minimum(column // GROUP, num_groups - 1).to(tl.int64) * num_rows + source
     s = tl.load(scales + at)
     if zeros is None:
         z = s
@@ -235,6 +303,41 @@ def _load_grid(
         BASE: tl.constexpr = (1024.0 if IS_HALF else 128.0) if BITS == 4 else 0.0
         z = (-BASE - tl.load(zeros + at).to(tl.float32)).to(dtype)
     return s, z
+
+
+@triton.jit
+def _decode_block(
+    w,
+    s,
+    z,
+    x,
+    zeros,
+    IS_SCALED: tl.constexpr,
+    DECODE_0: tl.constexpr,
+    DECODE_1: tl.constexpr,
+    DECODE_2: tl.constexpr,
+    DECODE_3: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """Numbers of a chunk of 4 bits in the order of its columns: a thread keeps its own."""
+    run_0 = _decode(
+        w, s, z, x, zeros, 0, 4, IS_SCALED,
+        DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+    )  # fmt: skip
+    run_1 = _decode(
+        w, s, z, x, zeros, 1, 4, IS_SCALED,
+        DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+    )  # fmt: skip
+    run_2 = _decode(
+        w, s, z, x, zeros, 2, 4, IS_SCALED,
+        DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+    )  # fmt: skip
+    run_3 = _decode(
+        w, s, z, x, zeros, 3, 4, IS_SCALED,
+        DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+    )  # fmt: skip
+    runs = tl.join(tl.join(run_0, run_1), tl.join(run_2, run_3))
+    return tl.reshape(tl.permute(runs, (0, 3, 2, 1)), [w.shape[0], 128])
 
 
 @triton.jit

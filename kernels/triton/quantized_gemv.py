@@ -68,9 +68,9 @@ def quantized_gemv(
         fp32, bf16 or fp16; fp32 is rounded to bf16. Up to ``MAX_ROWS`` rows, which may lie apart.
     words : Tensor int32
         Codes of ``[N, K]`` as :func:`kernels.triton.quantized_layout.pack_tiles` lays them out.
-    scales : Tensor [N, G] float
+    scales : Tensor [G, N] float
         ``K / G`` consecutive columns share one: 32, 64 or a multiple of 128, or all of them.
-    zeros : Tensor [N, G] int8, or None
+    zeros : Tensor [G, N] int8, or None
         Codes of 0. None: that is 8 of 4 bits, and 0 of 8.
     bias : Tensor [N] or None
     bits : int
@@ -143,10 +143,10 @@ def _gemv(
     is_dependent: bool | None,
 ) -> Launcher:
     (num_rows, in_features), out_features = x.shape, out.shape[1]
-    num_groups = scales.shape[1]
+    num_groups = scales.shape[0]
     group = group_of(in_features, num_groups)
     assert words.shape == packed_shape(rows, in_features, bits) and words.is_contiguous()
-    assert scales.shape == (rows, num_groups) and scales.is_contiguous()
+    assert scales.shape == (num_groups, rows) and scales.is_contiguous()
     assert zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous())
     assert residual is None or (residual.shape == (1, rows) and residual.stride(1) == 1)
     assert norm_weight is None or (
@@ -168,6 +168,7 @@ def _gemv(
         x.stride(0),
         num_chunks(in_features),
         num_groups,
+        rows,
         ROWS=num_rows,
         BITS=bits,
         GROUP=group,
@@ -212,7 +213,7 @@ def example_launches() -> dict[str, Callable[[], object]]:
         def run() -> object:
             bits = 8 if "w8" in form else 4
             x = torch.empty(num_rows, in_features, dtype=dtype)
-            shape = (rows, in_features // group if group else 1)
+            shape = (in_features // group if group else 1, rows)
             norm = RowNorm(torch.empty(in_features, dtype=dtype), 1e-6)
             return quantized_gemv(
                 x,

@@ -44,6 +44,7 @@ def quantized_gemv_kernel(
     x_stride,
     chunks,
     num_groups,
+    num_rows,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -73,10 +74,10 @@ def quantized_gemv_kernel(
     if IS_DEPENDENT:
         gdc_launch_dependents()
     w = _load_words(words, source, 0, chunks, BITS, BLOCK_Q, IS_EVEN)
-    s = _load_grid(scales, source, 0, num_groups, BITS, GROUP, BLOCK_Q)
+    s = _load_grid(scales, source, 0, num_groups, num_rows, BITS, GROUP, BLOCK_Q)
     z = s
     if zeros is not None:
-        z = _load_grid(zeros, source, 0, num_groups, BITS, GROUP, BLOCK_Q)
+        z = _load_grid(zeros, source, 0, num_groups, num_rows, BITS, GROUP, BLOCK_Q)
     if IS_DEPENDENT:
         gdc_wait()  # the launch before wrote x and the residual
     rstd = 1.0
@@ -96,10 +97,12 @@ def quantized_gemv_kernel(
         if NUM_BLOCKS > 1:  # on their way while this block is multiplied
             ahead = tl.minimum(block + 1, NUM_BLOCKS - 1)
             next_w = _load_words(words, source, ahead, chunks, BITS, BLOCK_Q, IS_EVEN)
-            next_s = _load_grid(scales, source, ahead, num_groups, BITS, GROUP, BLOCK_Q)
+            next_s = _load_grid(scales, source, ahead, num_groups, num_rows, BITS, GROUP, BLOCK_Q)
             next_z = next_s
             if zeros is not None:
-                next_z = _load_grid(zeros, source, ahead, num_groups, BITS, GROUP, BLOCK_Q)
+                next_z = _load_grid(
+                    zeros, source, ahead, num_groups, num_rows, BITS, GROUP, BLOCK_Q
+                )
         total_0 += _multiply(
             w, s, z, x, norm_weight, rstd, offset, block, in_features,
             BITS, GROUP, BLOCK_Q, HAS_ZEROS, HAS_OFFSET, IS_EVEN, IS_INTERPRETED,
@@ -160,6 +163,7 @@ def _load_grid(
     source,
     block,
     num_groups,
+    num_rows,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -169,19 +173,18 @@ def _load_grid(
     ``[rows, pieces]``; with several groups in a piece (4 bits in groups of 32 or 64)
     ``[rows, pieces, groups]``; with one scale an output ``[rows, 1]``.
     """
-    place = source.to(tl.int64) * num_groups
     piece = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if GROUP == 0:
-        return tl.load(grid + place)[:, None]
+        return tl.load(grid + source)[:, None]
     elif BITS == 4 and GROUP < 128:
         SHARE: tl.constexpr = 128 // GROUP
         group = (piece // 4 * SHARE)[:, None] + tl.arange(0, SHARE)[None, :]
-        group = tl.minimum(group, num_groups - 1)
-        return tl.load((grid + place)[:, None, None] + group[None, :, :])
+        place = tl.minimum(group, num_groups - 1).to(tl.int64) * num_rows
+        return tl.load((grid + source)[:, None, None] + place[None, :, :])
     else:
         first = piece // 4 * 128 if BITS == 4 else piece * 16
-        group = tl.minimum(first // GROUP, num_groups - 1)
-        return tl.load((grid + place)[:, None] + group[None, :])
+        place = tl.minimum(first // GROUP, num_groups - 1).to(tl.int64) * num_rows
+        return tl.load((grid + source)[:, None] + place[None, :])
 
 
 @triton.jit

@@ -93,8 +93,8 @@ class Weight:
             wide = wide - 8
         self.values = (wide * scales.double().unsqueeze(2)).view(rows, in_features).to(DEVICE)
         words = pack_tiles(codes, bits).to(DEVICE)
-        grid = None if zeros is None else zeros.to(torch.int8).to(DEVICE)
-        self.parts = (words, scales.to(DEVICE), grid)
+        grid = None if zeros is None else zeros.T.to(torch.int8).contiguous().to(DEVICE)
+        self.parts = (words, scales.T.contiguous().to(DEVICE), grid)
         self.facts = {"bits": bits, "rows": rows}
 
 
@@ -287,4 +287,4 @@ def test_what_they_cannot_take_is_told() -> None:
             product(values(1, 256), *weight.parts, activation="relu", **weight.facts)
         words, scales, _ = weight.parts
         with pytest.raises(ValueError, match="groups must be of 32, 64, a multiple of 128"):
-            product(values(1, 256), words, scales.repeat(1, 8), **weight.facts)
+            product(values(1, 256), words, scales.repeat(8, 1), **weight.facts)
