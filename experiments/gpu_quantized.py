@@ -31,12 +31,12 @@ from torch import Tensor
 
 from experiments.gpu_attention import DEVICE, L2_BYTES, machine, relative_error, time_graph
 from experiments.gpu_linear import BOUND, DTYPE, MODELS, Report, random_weight
-from kernels.quantized_linear import QuantizedLinear, dequantized_weight
+from kernels.quantized_linear import QuantizedLinear, dequantized_weight, kernel_of
 from kernels.triton.launch import compiled_together
 from kernels.triton.quantized_gemm import QuantizedGemmTiling, quantized_gemm
 from kernels.triton.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from kernels.triton.quantized_layout import packed_shape
-from kernels.triton.quantized_product import choose_kernel, multiply, multiply_written_out
+from kernels.triton.quantized_product import multiply, multiply_written_out
 from techniques.quantization.weights import WeightScheme
 
 LAYERS = {name: shape for name, shape in MODELS["8B"].items() if name != "head"}
@@ -149,11 +149,11 @@ def make_layer(name: str, scheme: WeightScheme, copies: int = 0) -> Layer:
 
 
 def product(layer: QuantizedLinear, cut: Cut | None, x: Tensor) -> Tensor:
-    """``x @ weight.T`` by a cut; None: as :func:`choose_kernel` and the kernels choose."""
+    """``x @ weight.T`` by a cut; None: as :func:`kernel_of` and the kernels choose."""
     parts = (layer.packed, layer.scales, layer.zeros, None)
     bits, rows = layer.bits, layer.out_features
     if cut is None:
-        return multiply(x, *parts, bits, rows, choose_kernel(len(x), x.dtype))
+        return multiply(x, *parts, bits, rows)
     name, how = cut
     if name == "gemv":
         return quantized_gemv(x, *parts, bits=bits, rows=rows, tiling=how)
@@ -184,7 +184,7 @@ def run_case(
     poison = torch.full_like(truth, float("nan"), dtype=DTYPE)
     del poison  # what the op allocates next holds NaN
     error = max(relative_error(product(layer.copies[0], cut, x), truth) for _ in range(2))
-    kernel = choose_kernel(rows, DTYPE) if cut is None else cut[0]
+    kernel = kernel_of(layer.copies[0], rows, DTYPE) if cut is None else cut[0]
     bound = BOUND if kernel == "gemv" else BOUND_OF_SCALED
     record: dict[str, Any] = {
         "case": f"{layer.scheme.name} {layer.name}, {rows} rows",

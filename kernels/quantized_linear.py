@@ -229,7 +229,7 @@ def kernel_of(layer: QuantizedLinear, num_rows: int, dtype: torch.dtype) -> str:
         return layer.implementation
     from kernels.triton.quantized_product import choose_kernel
 
-    return choose_kernel(num_rows, dtype)
+    return choose_kernel(num_rows, layer.bits, layer.out_features, layer.in_features, dtype)
 
 
 def apply_quantized_linear(
@@ -257,10 +257,7 @@ def apply_quantized_linear(
 
         parts = (layer.packed, layer.scales, layer.zeros, layer.bias)
         facts = (layer.bits, layer.out_features)
-        if activation is not None:
-            return quantized_product.multiply_gated(x, *parts, *facts, activation)
-        kernel = quantized_product.choose_kernel(len(x), x.dtype)
-        return quantized_product.multiply(x, *parts, *facts, kernel)
+        return quantized_product.multiply(x, *parts, *facts, activation)
     if activation is not None:
         raise ValueError(f"implementation {layer.implementation!r} has no gated products")
     if layer.implementation == "reference":
@@ -337,7 +334,10 @@ def _weight_as_packed(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     elif codes.dtype == torch.uint8:  # two of 4 bits
         pairs = torch.stack([codes << 4, codes], 2).view(torch.int8)
         codes = (pairs >> 4).view(shape)
-    values = codes.float().view(layer.out_features, layer.scales.shape[1], -1)
-    if layer.zeros is not None:
-        values -= layer.zeros.unsqueeze(2)
-    return values.mul_(layer.scales.float().unsqueeze(2)).view(shape).to(dtype)
+    scales, zeros = layer.scales, layer.zeros
+    if layer.implementation == "triton":
+        scales, zeros = scales.T, None if zeros is None else zeros.T
+    values = codes.float().view(layer.out_features, scales.shape[1], -1)
+    if zeros is not None:
+        values -= zeros.unsqueeze(2)
+    return values.mul_(scales.float().unsqueeze(2)).view(shape).to(dtype)

@@ -189,13 +189,17 @@ def choose_tiling(
     rows: int, in_features: int, bits: int, group: int, num_tokens: int, device: torch.device
 ) -> QuantizedGemmTiling:
     """The cut that suits a shape (``experiments.gpu_quantized --tune``)."""
-    is_large = has_large_shared_memory(device)
-    block_t = max(16, min(128, triton.next_power_of_2(num_tokens)))
+    stages = 3 if has_large_shared_memory(device) else 2
+    if num_tokens <= 16:
+        if bits == 8:
+            return QuantizedGemmTiling(16, 32, 128, 2, 3, programs=4)
+        return QuantizedGemmTiling(16, 128, 128, 4, 3, programs=3)
     if num_tokens <= 64:
-        block_k = 128 if group else 256
-        return QuantizedGemmTiling(block_t, 64, block_k, 4, 4 if is_large else 3, programs=2)
-    stages = 4 if is_large else 3
-    return QuantizedGemmTiling(block_t, 128, 128, 8, stages, scales_weights=True)
+        block_t = 32 if num_tokens <= 32 else 64
+        return QuantizedGemmTiling(block_t, 64, 128, 4, stages, programs=2)
+    if num_tokens <= 128 or not has_large_shared_memory(device):
+        return QuantizedGemmTiling(128, 64, 128, 4, stages, programs=2, scales_weights=True)
+    return QuantizedGemmTiling(128, 128, 128, 8, stages, scales_weights=True)
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -1,9 +1,9 @@
-"""Which kernel multiplies a weight of 4 or 8 bits, by the number of rows.
+"""Which kernel multiplies a weight of 4 or 8 bits.
 
 ==================  ===============================================================================
 kernel              serves
 ==================  ===============================================================================
-``gemv``            a few rows, without tensor cores (:mod:`kernels.triton.quantized_gemv`)
+``gemv``            single rows, without tensor cores (:mod:`kernels.triton.quantized_gemv`)
 ``gemm``            more, on tensor cores (:mod:`kernels.triton.quantized_gemm`)
 ``written_out``     thousands: rows of the weight are written out in 16 bits, some at a time into
                     the same memory, which the L2 cache holds, and multiplied by the matrix library
@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.triton.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.triton.dequantize import dequantize_rows_
 from kernels.triton.quantized_gemm import quantized_gemm
 from kernels.triton.quantized_gemv import quantized_gemv
@@ -24,16 +25,19 @@ from kernels.triton.quantized_gemv import quantized_gemv
 Kernel = Literal["gemv", "gemm", "written_out"]
 KERNELS: tuple[Kernel, ...] = ("gemv", "gemm", "written_out")
 
-#: As measured on an H100 (``experiments.gpu_quantized``).
-MAX_GEMV_ROWS = 2
+#: Weights of 4 bits of more values take the tensor cores at one row as well, as measured on an
+#: H100 (``experiments.gpu_quantized``): without them there are too many instructions for a weight.
+MOST_GEMV_VALUES = 32 << 20
 LEAST_WRITTEN_OUT_ROWS = 1024
 PIECE_BYTES = 24 << 20
 _PIECES: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
-def choose_kernel(num_rows: int, dtype: torch.dtype) -> Kernel:
+def choose_kernel(
+    num_rows: int, bits: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> Kernel:
     """Which kernel multiplies so many rows in ``dtype``."""
-    if num_rows <= MAX_GEMV_ROWS:
+    if num_rows == 1 and (bits == 8 or out_features * in_features <= MOST_GEMV_VALUES):
         return "gemv"
     # The library would multiply fp32 without tensor cores.
     if num_rows < LEAST_WRITTEN_OUT_ROWS or dtype == torch.float32:
@@ -49,39 +53,22 @@ def multiply(
     bias: Tensor | None,
     bits: int,
     rows: int,
-    kernel: Kernel,
+    activation: str | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` by that kernel; arguments as of
+    """``x @ weight.T + bias`` by the kernel that :func:`choose_kernel` says; arguments as of
     :func:`kernels.triton.quantized_gemv.quantized_gemv`.
 
     Returns
     -------
-    Tensor [T, N]
+    Tensor [T, N], [T, N / 2] with an activation
     """
-    if kernel == "gemv":
-        return quantized_gemv(x, words, scales, zeros, bias, bits=bits, rows=rows)
-    if kernel == "gemm":
-        return quantized_gemm(x, words, scales, zeros, bias, bits=bits, rows=rows)
-    return multiply_written_out(x, words, scales, zeros, bias, bits=bits, rows=rows)
-
-
-def multiply_gated(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    rows: int,
-    activation: str,
-) -> Tensor:
-    """As :func:`multiply`, of which the activation of the first half times the second half.
-
-    Returns
-    -------
-    Tensor [T, N / 2]
-    """
-    product = quantized_gemv if len(x) <= MAX_GEMV_ROWS else quantized_gemm
+    kernel = choose_kernel(len(x), bits, rows, x.shape[1], x.dtype)
+    if kernel == "written_out":
+        out = multiply_written_out(x, words, scales, zeros, bias, bits=bits, rows=rows)
+        if activation is None:
+            return out
+        return silu_and_mul(out) if activation == "silu" else gelu_tanh_and_mul(out)
+    product = quantized_gemv if kernel == "gemv" else quantized_gemm
     return product(x, words, scales, zeros, bias, bits=bits, rows=rows, activation=activation)
 
 

@@ -30,8 +30,8 @@ _MOST_GATED_ROWS = 64
 class QuantizedProducts(LinearMethod):
     """Layers that are :class:`QuantizedLinear`, or dense where a scheme leaves them out.
 
-    A step of one token has its norms, activations and additions in its products where every layer
-    is laid out for Triton's kernels, or is dense beside such.
+    On Triton's kernels, few rows of gate and up are multiplied where they come out. A step of one
+    token has its norms and additions in its products as well where weights are of 8 bits.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -41,6 +41,8 @@ class QuantizedProducts(LinearMethod):
         self._num_quantized = self._packed_bytes = 0
         # Whether every quantised layer, and every one of gate and up, is laid out for Triton.
         self._is_triton = True
+        # Weights of 4 bits are multiplied faster by tensor cores than by what takes a norm in.
+        self._has_4_bits = False
         self._can_gate = True
         self.reset_counters()
 
@@ -62,6 +64,7 @@ class QuantizedProducts(LinearMethod):
         self._num_quantized += 1
         self._packed_bytes += state.num_bytes
         self._is_triton &= state.implementation == "triton"
+        self._has_4_bits |= state.bits == 4
 
     # -- products -----------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class QuantizedProducts(LinearMethod):
 
     def gates(self, num_tokens: int) -> bool:
         is_served = self._num_quantized > 0 and self._is_triton and self._can_gate
-        return is_served and 1 < num_tokens <= _MOST_GATED_ROWS
+        return is_served and num_tokens <= _MOST_GATED_ROWS
 
     def apply_gated(self, layer: LinearLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
         self._fused += 1
@@ -81,7 +84,8 @@ class QuantizedProducts(LinearMethod):
         return apply_quantized_linear(layer.state, x, activation)
 
     def fuses(self, num_tokens: int) -> bool:
-        return num_tokens == 1 and self._num_quantized > 0 and self._is_triton
+        is_served = self._num_quantized > 0 and self._is_triton and not self._has_4_bits
+        return num_tokens == 1 and is_served
 
     def apply_normed(
         self, layer: LinearLayer, x: torch.Tensor, norm: RowNorm, activation: str | None = None

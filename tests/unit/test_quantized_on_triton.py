@@ -10,7 +10,6 @@ from kernels.quantized_linear import (
     apply_quantized_linear,
     apply_quantized_row,
     dequantized_weight,
-    kernel_of,
     pack_quantized_linear,
 )
 from kernels.triton import HAS_TRITON, is_interpreted
@@ -117,18 +116,19 @@ def test_inputs_in_the_order_of_their_groups(bits: int, rows: int) -> None:
         )
 
 
-@needs_kernels
 def test_which_kernel_takes_a_product_follows_from_its_rows() -> None:
-    from kernels.triton.quantized_product import LEAST_WRITTEN_OUT_ROWS, MAX_GEMV_ROWS
+    product = pytest.importorskip("kernels.triton.quantized_product")
 
-    codes, scales = torch.zeros(16, 128), torch.ones(16, 1)
-    layer = pack_quantized_linear(codes.to(DEVICE), scales.to(DEVICE), bits=8, dtype=torch.bfloat16)
+    def kernels(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> list[str]:
+        most = product.LEAST_WRITTEN_OUT_ROWS
+        rows = (1, 2, most - 1, most)
+        return [product.choose_kernel(n, bits, *shape, dtype) for n in rows]
+
     half = torch.bfloat16
-    assert kernel_of(layer, 1, half) == kernel_of(layer, MAX_GEMV_ROWS, half) == "gemv"
-    assert kernel_of(layer, MAX_GEMV_ROWS + 1, half) == "gemm"
-    assert kernel_of(layer, LEAST_WRITTEN_OUT_ROWS - 1, half) == "gemm"
-    assert kernel_of(layer, LEAST_WRITTEN_OUT_ROWS, half) == "written_out"
-    assert kernel_of(layer, LEAST_WRITTEN_OUT_ROWS, torch.float32) == "gemm"
+    assert kernels((4096, 4096), 4, half) == ["gemv", "gemm", "gemm", "written_out"]
+    assert kernels((28672, 4096), 4, half) == ["gemm", "gemm", "gemm", "written_out"]
+    assert kernels((28672, 4096), 8, half) == ["gemv", "gemm", "gemm", "written_out"]
+    assert kernels((4096, 4096), 8, torch.float32) == ["gemv", "gemm", "gemm", "gemm"]
 
 
 @needs_kernels
