@@ -10,12 +10,12 @@ PIECE = tl.constexpr(128)  # columns that one prefetch asks for
 
 
 @triton.jit
-def prefetch(place):
-    """Ask the L2 cache for ``PIECE`` columns at each place, 16-byte aligned.
+def prefetch(place, COUNT: tl.constexpr = PIECE):
+    """Ask the L2 cache for ``COUNT`` values at each place, 16-byte aligned.
 
     It is a hint that waits for nothing, and takes nothing from what the L2 cache knows to be new.
     """
-    SIZE: tl.constexpr = PIECE * place.dtype.element_ty.primitive_bitwidth // 8
+    SIZE: tl.constexpr = COUNT * place.dtype.element_ty.primitive_bitwidth // 8
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; cp.async.bulk.prefetch.L2.global [$1], $2;",
         "=r,l,r",

@@ -35,7 +35,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """What :func:`pack_words` packed: ``count`` codes a row, int16."""
-    shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
+    shifts = bits * torch.arange(32 // bits, dtype=torch.int32, device=words.device)
     codes = (words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)
     return codes.reshape(len(words), -1)[:, :count].to(torch.int16)
 

@@ -7,18 +7,14 @@ from fnmatch import fnmatchcase
 
 import torch
 
-import kernels
-from kernels.linear import PackedLinear
-from kernels.quantized_linear import (
-    apply_quantized_linear,
-    native_limit,
-    pack_quantized_linear,
-)
+from kernels.quantized_linear import kernel_limit, pack_quantized_linear
+from techniques.quantization.products import QuantizedProducts
 from techniques.quantization.weights import WeightScheme, encode, find_grid
 from workbench.core.errors import ConfigError
-from workbench.slots.linear import LinearLayer, LinearMethod
+from workbench.slots.linear import LinearLayer
 
 DENSE = "dense"
+_ROWS_AT_ONCE = 8192  # of a weight, while it is rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,7 @@ class WeightOnlyConfig:
     layers: list[str] = field(default_factory=list)
 
 
-class WeightOnly(LinearMethod):
+class WeightOnly(QuantizedProducts):
     """Weights are rounded to the nearest code when the checkpoint is read (RTN); activations stay
     in 16 bits."""
 
@@ -57,11 +53,8 @@ class WeightOnly(LinearMethod):
                     "and a scheme, as in 'lm_head:dense' or '*.down_proj:w8'."
                 )
             self._by_pattern[pattern] = None if name == DENSE else WeightScheme.parse(name)
-        #: Layers that stayed in the model's dtype, and patterns that fitted some layer.
-        self.dense_layers: list[str] = []
+        #: Patterns that fitted some layer.
         self._fitted: set[str] = set()
-        self._num_quantized = self._packed_bytes = 0
-        self.reset_counters()
 
     @property
     def error_bound(self) -> float:  # type: ignore[override]
@@ -78,27 +71,26 @@ class WeightOnly(LinearMethod):
         weight, bias = layer.params.pop("weight"), layer.params.pop("bias", None)
         scheme = self._scheme_of(layer.name)
         if scheme is None:
-            self.dense_layers.append(layer.name)
-            layer.state = kernels.pack_linear(weight, bias, expected_tokens)
+            self.keep_dense(layer, weight, bias, expected_tokens)
             return
         if not torch.isfinite(weight).all():
             raise ConfigError(
                 f"layer {layer.name} has weights that are no finite numbers: they have no codes."
             )
         self._check(layer, scheme, weight.device)
-        scales, zeros = find_grid(weight, scheme)
-        found = encode(weight, scheme, scales, zeros)
-        layer.state = pack_quantized_linear(
-            found.codes, scales, zeros, bias, bits=scheme.bits, dtype=weight.dtype
+        codes, scales, zeros = round_weight(weight, scheme)
+        dtype = weight.dtype
+        del weight  # of the device's memory, there is at most one layer's besides what is packed
+        self.keep_quantized(
+            layer,
+            pack_quantized_linear(codes, scales, zeros, bias, bits=scheme.bits, dtype=dtype),
         )
-        self._num_quantized += 1
-        self._packed_bytes += layer.state.num_bytes
 
     def _check(self, layer: LinearLayer, scheme: WeightScheme, device: torch.device) -> None:
         """Raise where the scheme does not fit the layer, or no kernel here serves it."""
         try:
             scheme.num_groups(layer.in_features)
-            limit = native_limit(
+            limit = kernel_limit(
                 scheme.bits, scheme.group_size, scheme.has_zeros, layer.out_features, device
             )
         except ConfigError as error:
@@ -117,12 +109,6 @@ class WeightOnly(LinearMethod):
                 return scheme
         return self._default
 
-    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(layer.state, PackedLinear):
-            return kernels.apply_linear(layer.state, x)
-        self._calls += 1
-        return apply_quantized_linear(layer.state, x)
-
     def finish_loading(self) -> None:
         idle = sorted(self._by_pattern.keys() - self._fitted)
         if idle:
@@ -132,21 +118,16 @@ class WeightOnly(LinearMethod):
                 "behind it; '*.down_proj' fits that of every layer."
             )
 
-    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
-        if device.type != "cpu":
-            return [
-                "weights of 4 and 8 bits have kernels for CPUs, and none yet for "
-                f"{device.type}; choose another engine/linear, such as dense"
-            ]
-        return []
 
-    def counters(self) -> dict[str, float]:
-        return {
-            "quantized_layers": self._num_quantized,
-            "dense_layers": len(self.dense_layers),
-            "packed_bytes": self._packed_bytes,
-            "quantized_calls": self._calls,
-        }
-
-    def reset_counters(self) -> None:
-        self._calls = 0
+def round_weight(
+    weight: torch.Tensor, scheme: WeightScheme
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zero points of ``[N, K]``, as :class:`QuantizedWeight` has them, some rows
+    at a time: in fp32 a large head would take many times its own memory."""
+    parts = []
+    for some in torch.split(weight, _ROWS_AT_ONCE):
+        scales, zeros = find_grid(some, scheme)
+        parts.append((encode(some, scheme, scales, zeros).codes, scales, zeros))
+    codes, grid, zero_points = zip(*parts, strict=True)
+    points = [zeros for zeros in zero_points if zeros is not None]
+    return torch.cat(codes), torch.cat(grid), torch.cat(points) if points else None

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-import kernels
-from kernels.linear import PackedLinear
-from kernels.quantized_linear import apply_quantized_linear, pack_quantized_linear
+from kernels.quantized_linear import pack_quantized_linear
 from techniques.quantization.compressed_tensors import (
     PACKED,
     SCALE,
@@ -19,12 +17,13 @@ from techniques.quantization.compressed_tensors import (
     is_kept,
     read_config,
 )
+from techniques.quantization.products import QuantizedProducts
 from techniques.quantization.weights import WeightScheme
 from workbench.core.errors import UnsupportedError
-from workbench.slots.linear import LinearLayer, LinearMethod
+from workbench.slots.linear import LinearLayer
 
 
-class CompressedTensors(LinearMethod):
+class CompressedTensors(QuantizedProducts):
     """Weights of a compressed-tensors checkpoint; activations stay in 16 bits.
 
     Layers that the checkpoint leaves out are in the model's dtype.
@@ -38,8 +37,6 @@ class CompressedTensors(LinearMethod):
         self._scheme: WeightScheme | None = None
         self._ignored: tuple[str, ...] = ()
         self._dtype = torch.float32
-        self._num_quantized = self._num_dense = self._packed_bytes = 0
-        self.reset_counters()
 
     def read_checkpoint(self, quantization: Mapping[str, Any] | None) -> None:
         if quantization is None:
@@ -88,8 +85,7 @@ class CompressedTensors(LinearMethod):
     def process_weights_after_loading(self, layer: LinearLayer, expected_tokens: int) -> None:
         bias, weight = layer.params.pop("bias", None), layer.params.pop("weight", None)
         if weight is not None:  # left out, or a head that is the embedding
-            self._num_dense += 1
-            layer.state = kernels.pack_linear(weight, bias, expected_tokens)
+            self.keep_dense(layer, weight, bias, expected_tokens)
             return
         assert self._scheme is not None
         scales = layer.params.pop(SCALE)
@@ -98,33 +94,6 @@ class CompressedTensors(LinearMethod):
         codes, zeros = codes_of(
             layer.params.pop(PACKED), layer.params.pop(ZERO, None), self._scheme, layer.in_features
         )
-        layer.state = pack_quantized_linear(
-            codes, scales, zeros, bias, bits=self._scheme.bits, dtype=self._dtype
-        )
-        self._num_quantized += 1
-        self._packed_bytes += layer.state.num_bytes
-
-    def apply(self, layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(layer.state, PackedLinear):
-            return kernels.apply_linear(layer.state, x)
-        self._calls += 1
-        return apply_quantized_linear(layer.state, x)
-
-    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
-        if device.type != "cpu":
-            return [
-                "weights of 4 and 8 bits have kernels for CPUs, and none yet for "
-                f"{device.type}; take a checkpoint that is not quantised"
-            ]
-        return []
-
-    def counters(self) -> dict[str, float]:
-        return {
-            "quantized_layers": self._num_quantized,
-            "dense_layers": self._num_dense,
-            "packed_bytes": self._packed_bytes,
-            "quantized_calls": self._calls,
-        }
-
-    def reset_counters(self) -> None:
-        self._calls = 0
+        bits, dtype = self._scheme.bits, self._dtype
+        state = pack_quantized_linear(codes, scales, zeros, bias, bits=bits, dtype=dtype)
+        self.keep_quantized(layer, state)

@@ -196,14 +196,21 @@ class QuantizedWeight:
 
     def group_of_inputs(self) -> Tensor:
         """Group of each input, ``[K]`` int64."""
-        return group_of_inputs(self.codes.shape[1], self.scales.shape[1], self.group_index)
+        in_features, num_groups = self.codes.shape[1], self.scales.shape[1]
+        return group_of_inputs(in_features, num_groups, self.group_index, self.codes.device)
 
 
-def group_of_inputs(in_features: int, num_groups: int, group_index: Tensor | None) -> Tensor:
-    """Group of each input, ``[K]`` int64; consecutive ones without an index."""
+def group_of_inputs(
+    in_features: int,
+    num_groups: int,
+    group_index: Tensor | None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Group of each input, ``[K]`` int64 on a device (None: the CPU); consecutive ones without an
+    index."""
     if group_index is not None:
-        return group_index.long()
-    return torch.arange(in_features) // (in_features // num_groups)
+        return group_index.to(device, torch.int64)
+    return torch.arange(in_features, device=device) // (in_features // num_groups)
 
 
 def find_grid(
@@ -243,7 +250,7 @@ def encode(
     group_index: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round every value ``[N, K]`` to its nearest code on a grid (round to nearest, RTN)."""
-    index = group_of_inputs(weight.shape[1], scales.shape[1], group_index)
+    index = group_of_inputs(weight.shape[1], scales.shape[1], group_index, weight.device)
     codes = weight.float() / scales[:, index]
     if zeros is not None:
         codes += zeros.float()[:, index]
