@@ -19,9 +19,14 @@ from kernels.triton import is_interpreted
 from techniques.fused_kernels.ops import unsupported_reasons
 from workbench.slots.linear import LinearLayer, LinearMethod
 
-#: Of products by Triton's kernels; others count as the implementation that took them.
-TRITON_KERNELS = ("gemv", "gemm", "written_out")
-_IMPLEMENTATIONS = ("native", "reference")
+#: Counters of products: by Triton's kernels, by the CPU's, and by none.
+_COUNTERS = {
+    "gemv": "gemv_calls",
+    "gemm": "gemm_calls",
+    "written_out": "written_out_calls",
+    "native": "native_calls",
+    "reference": "reference_calls",
+}
 #: Of more rows, gate and up are multiplied by a launch of its own: sums of both in one program
 #: would leave too few registers.
 _MOST_GATED_ROWS = 64
@@ -116,9 +121,9 @@ class QuantizedProducts(LinearMethod):
             "packed_bytes": self._packed_bytes,
             "quantized_calls": sum(self._calls.values()),
             "fused_calls": self._fused,
-            **{f"{name}_calls": count for name, count in self._calls.items()},
+            **{_COUNTERS[name]: count for name, count in self._calls.items()},
         }
 
     def reset_counters(self) -> None:
-        self._calls = dict.fromkeys((*TRITON_KERNELS, *_IMPLEMENTATIONS), 0)
+        self._calls = dict.fromkeys(_COUNTERS, 0)
         self._fused = 0
