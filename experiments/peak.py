@@ -13,7 +13,7 @@ that each load needs beside its own; where those come from stands in ``results/a
 Everything else on the command line goes to Hydra, over ``preset=gpu`` or the preset that it names,
 with KV blocks of 64 tokens, which are cheaper to look up than the default's: ``preset=gpu_cascade
 workloads=shared_prefix`` reads shared prefixes once, ``preset=gpu_fp8`` has weights and activations
-in fp8, in the eager engine as well.
+in fp8, ``preset=gpu_int4`` weights in 4 bits, in the eager engine as well.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 import torch
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from experiments import command
@@ -177,7 +178,12 @@ def lossy_part(model: str, overrides: Sequence[str]) -> list[str]:
     if not lossy:
         return []
     slots = {slot for name in lossy for slot in composed.techniques[name].slots}
-    options = [o for o in overrides if any(o.startswith(f"engine.{slot}.") for slot in slots)]
+    options = [
+        f"engine.{slot}.{key}={json.dumps(value)}"  # a preset may have set it
+        for slot in sorted(slots)
+        for key, value in OmegaConf.to_container(composed.cfg.engine[slot]).items()
+        if key != "_target_"
+    ]
     return [f"+technique=[{','.join(lossy)}]", *options]
 
 

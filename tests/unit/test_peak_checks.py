@@ -59,3 +59,12 @@ def test_the_model_itself_has_no_excess() -> None:
     prompts = peak.probe_prompts(128)
     outputs = engine.generate(prompts, peak.SamplingParams(max_tokens=8, ignore_eos=True))
     assert peak.excess_nats(engine, prompts, [o.token_ids for o in outputs]) < 1e-4
+
+
+def test_the_eager_engine_has_the_format_that_a_preset_chose() -> None:
+    lossy = peak.lossy_part("llama-3.1-8b", ["preset=gpu_int4"])
+    assert lossy[0] == "+technique=[int4_weights]"
+    composed = peak.compose_config(["model=llama-3.1-8b", "weights=random", *lossy])
+    assert composed.cfg.engine.linear.scheme == "w4g128"
+    assert list(composed.cfg.engine.linear.layers) == []
+    assert peak.lossy_part("llama-3.1-8b", ["preset=gpu"]) == []
