@@ -6,6 +6,9 @@ PYTHONPATH=. python tests/gpu/test_scaled_cuda.py  # the same, where there is no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeAlias
+
 import torch
 
 from kernels.norm import RowNorm
@@ -21,6 +24,7 @@ from kernels.scaled_linear import (
     quantize_weight,
     unsupported_reason,
 )
+from kernels.triton.launch import compiled_together
 from kernels.triton.scaled_skinny import MAX_ROWS
 from tests.helpers.engines import mixed_prompts, tiny_engine
 from tests.helpers.gpu_checks import run_as_program, run_under_pytest
@@ -29,6 +33,7 @@ from workbench.core.sampling import SamplingParams
 
 SHAPES = ((6144, 4096), (4096, 4096), (4096, 14336), (576, 1536), (100, 200))
 ROWS = (1, 3, 16, 17, 64, 100, 128, 129, 500, 1024)
+Products: TypeAlias = dict[str, torch.Tensor]
 #: One rounding to bf16, and sums of fp8 in fewer bits than fp32 has.
 BOUND = 6e-3
 
@@ -70,21 +75,31 @@ def check_rows_get_the_bits_of_the_reference() -> None:
             assert torch.equal(found.codes.float(), codes.float()), format
 
 
+def products(format: str, shape: tuple[int, int]) -> Iterator[tuple[int, torch.Tensor, Products]]:
+    """Rows, what they give by the reference, and by every product that takes them."""
+    layer = make_layer(format, *shape)
+    for num_rows in ROWS:
+        x = inputs(num_rows, shape[1])
+        names: list[str | None] = [None, "triton"]
+        if num_rows <= MAX_ROWS:
+            names.append("skinny")
+        if cublas_limit(layer, num_rows, x.dtype) is None:
+            names.append("cublas")
+        found = {str(name): apply_scaled_linear(layer, x, name) for name in names}
+        yield num_rows, truth_of(layer, x), found
+
+
 def check_products_equal_the_reference() -> None:
-    for format in formats():
-        for shape in SHAPES:
-            layer = make_layer(format, *shape)
-            for num_rows in ROWS:
-                x = inputs(num_rows, shape[1])
-                truth = truth_of(layer, x)
-                names: list[str | None] = [None, "triton"]
-                if num_rows <= MAX_ROWS:
-                    names.append("skinny")
-                if cublas_limit(layer, num_rows, x.dtype) is None:
-                    names.append("cublas")
-                for name in names:
-                    error = relative_error(apply_scaled_linear(layer, x, name), truth)
-                    assert error < BOUND, f"{format} {shape} {num_rows} rows, {name}: {error}"
+    cases = [(format, shape) for format in formats() for shape in SHAPES]
+    with compiled_together():
+        for case in cases:
+            for _ in products(*case):
+                pass
+    for format, shape in cases:
+        for num_rows, truth, found in products(format, shape):
+            for name, out in found.items():
+                error = relative_error(out, truth)
+                assert error < BOUND, f"{format} {shape} {num_rows} rows, {name}: {error}"
 
 
 def check_static_scales() -> None:
