@@ -229,7 +229,7 @@ def kernel_of(layer: QuantizedLinear, num_rows: int, dtype: torch.dtype) -> str:
         return layer.implementation
     from kernels.triton.quantized_product import choose_kernel
 
-    return choose_kernel(num_rows, layer.bits, layer.out_features, layer.in_features, dtype)
+    return choose_kernel(num_rows, layer.bits, layer.group_size, dtype)
 
 
 def apply_quantized_linear(

@@ -62,7 +62,8 @@ def test_an_engine_says_what_the_reference_products_say(
     settings: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts = run(engine(*settings, family=family))
-    assert counts["linear.gemv_calls"] > 0 and counts["linear.gemm_calls"] > 0
+    one, more = ("split", "split") if settings == ("scheme=w8",) else ("gemv", "gemm")
+    assert counts[f"linear.{one}_calls"] > 0 and counts[f"linear.{more}_calls"] > 0
     assert counts["linear.fused_calls"] > 0
     assert counts["linear.native_calls"] == counts["linear.reference_calls"] == 0
     monkeypatch.setattr(quantized_linear, "triton_limit", lambda *_: "not here")
@@ -119,16 +120,16 @@ def test_inputs_in_the_order_of_their_groups(bits: int, rows: int) -> None:
 def test_which_kernel_takes_a_product_follows_from_its_rows() -> None:
     product = pytest.importorskip("kernels.triton.quantized_product")
 
-    def kernels(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> list[str]:
-        most = product.LEAST_WRITTEN_OUT_ROWS
-        rows = (1, 2, most - 1, most)
-        return [product.choose_kernel(n, bits, *shape, dtype) for n in rows]
+    few, many = product.MOST_SPLIT_ROWS, product.LEAST_WRITTEN_OUT_ROWS
 
-    half = torch.bfloat16
-    assert kernels((4096, 4096), 4, half) == ["gemv", "gemm", "gemm", "written_out"]
-    assert kernels((28672, 4096), 4, half) == ["gemm", "gemm", "gemm", "written_out"]
-    assert kernels((28672, 4096), 8, half) == ["gemv", "gemm", "gemm", "written_out"]
-    assert kernels((4096, 4096), 8, torch.float32) == ["gemv", "gemm", "gemm", "gemm"]
+    def kernels(bits: int, group: int, dtype: torch.dtype) -> list[str]:
+        rows = (1, few, few + 1, many - 1, many)
+        return [product.choose_kernel(n, bits, group, dtype) for n in rows]
+
+    half, single = torch.bfloat16, torch.float32
+    assert kernels(4, 128, half) == ["split", "split", "gemm", "gemm", "written_out"]
+    assert kernels(8, 0, single) == ["split", "split", "gemm", "gemm", "gemm"]
+    assert kernels(4, 32, half) == ["gemv", "gemm", "gemm", "gemm", "written_out"]
 
 
 @needs_kernels
