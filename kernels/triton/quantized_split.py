@@ -280,7 +280,7 @@ def _split(
         rows,
         BITS=bits,
         GROUP=group,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
+        BLOCK_T=max(8, triton.next_power_of_2(num_tokens)),
         BLOCK_N=block_n,
         SPLIT=tiling.num_warps,
         STAGES=tiling.num_stages,
