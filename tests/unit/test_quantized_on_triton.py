@@ -81,7 +81,7 @@ def test_an_engine_says_what_the_reference_products_say(
 
 @needs_kernels
 def test_layers_left_dense_stand_beside_others() -> None:
-    settings = ("scheme=w4g32", "layers=['*.gate_up_proj:dense','lm_head:dense']")
+    settings = ("scheme=w8", "layers=['*.gate_up_proj:dense','lm_head:dense']")
     found, counts = run(engine(*settings))
     assert counts["linear.dense_layers"] == 1 + 2
     assert counts["linear.fused_calls"] > 0
