@@ -23,7 +23,7 @@ from kernels.triton.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.triton.dequantize import dequantize_rows_
 from kernels.triton.quantized_gemm import quantized_gemm
 from kernels.triton.quantized_gemv import quantized_gemv
-from kernels.triton.quantized_split import quantized_split, serves_group
+from kernels.triton.quantized_split import quantized_split
 
 Kernel = Literal["gemv", "split", "gemm", "written_out"]
 KERNELS: tuple[Kernel, ...] = ("gemv", "split", "gemm", "written_out")
@@ -40,13 +40,10 @@ _PRODUCTS: dict[Kernel, Callable[..., Tensor]] = {
 _PIECES: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
-def choose_kernel(num_rows: int, bits: int, group: int, dtype: torch.dtype) -> Kernel:
-    """Which kernel multiplies so many rows in ``dtype``; ``group`` as of
-    :func:`kernels.triton.quantized_layout.group_of`."""
-    if num_rows <= MOST_SPLIT_ROWS and serves_group(group):
+def kernel_for(num_rows: int, dtype: torch.dtype) -> Kernel:
+    """Which kernel multiplies so many rows in ``dtype``."""
+    if num_rows <= MOST_SPLIT_ROWS:
         return "split"
-    if num_rows == 1:
-        return "gemv"
     # The library would multiply fp32 without tensor cores.
     if num_rows < LEAST_WRITTEN_OUT_ROWS or dtype == torch.float32:
         return "gemm"
@@ -63,16 +60,14 @@ def multiply(
     rows: int,
     activation: str | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` by the kernel that :func:`choose_kernel` says; arguments as of
+    """``x @ weight.T + bias`` by the kernel that :func:`kernel_for` says; arguments as of
     :func:`kernels.triton.quantized_gemv.quantized_gemv`.
 
     Returns
     -------
     Tensor [T, N], [T, N / 2] with an activation
     """
-    num_rows, in_features = x.shape
-    group = 0 if len(scales) == 1 else in_features // len(scales)
-    kernel = choose_kernel(num_rows, bits, group, x.dtype)
+    kernel = kernel_for(len(x), x.dtype)
     if kernel == "written_out":
         out = multiply_written_out(x, words, scales, zeros, bias, bits=bits, rows=rows)
         if activation is None:

@@ -97,7 +97,6 @@ def quantized_split_kernel(
     row = tl.arange(0, BLOCK_N)
     part = tl.arange(0, SPLIT)
     token = tl.arange(0, BLOCK_T)
-    column = tl.arange(0, 128)
     is_token = token < num_tokens
     source = tl.minimum(tile * WIDTH + row % WIDTH, out_features - 1)
     source += row // WIDTH * out_features
@@ -120,10 +119,14 @@ def quantized_split_kernel(
             tiles = (first_row // _TILE_ROWS).to(tl.int64) * chunks * (IN_CHUNK * SIZE)
             prefetch(words + tiles[:, None] + piece[None, :], SIZE)
         gdc_wait()  # the launch before wrote x
-    w_rows = codes + at[None, :, None] + tl.arange(0, STORED)[None, None, :]
+    # Of 8 bits in small groups, a product has a part of a chunk's row; of 4 bits a row holds all.
+    TAKEN: tl.constexpr = STORED if GROUP % 128 == 0 else 32
+    w_rows = codes + at[None, :, None] + tl.arange(0, TAKEN)[None, None, :]
+    PIECE: tl.constexpr = 128 if GROUP % 128 == 0 else 32  # columns of a product
+    column = tl.arange(0, PIECE)
     x_rows = x + (token.to(tl.int64) * x_stride)[None, :, None] + column[None, None, :]
     acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_T], tl.float32)
-    s = _load_step(scales, 0, source, num_groups, num_rows, GROUP, SPLIT)
+    s = _load_groups(scales, 0, 0, source, num_groups, num_rows, GROUP, SPLIT)
     for step in tl.range(0, tl.cdiv(chunks, SPLIT), num_stages=STAGES):
         chunk = step * SPLIT + part
         mask = is_token[None, :, None]
@@ -131,39 +134,71 @@ def quantized_split_kernel(
             read = chunk
         else:
             read = tl.minimum(chunk, chunks - 1)
-            mask = mask & ((chunk * 128)[:, None, None] + column[None, None, :] < in_features)
-        w = tl.load(w_rows + (read * (_TILE_ROWS * STORED))[:, None, None])
-        values = tl.load(x_rows + (chunk * 128)[:, None, None], mask=mask, other=0.0)
-        z = s
-        if zeros is not None:
-            IS_HALF: tl.constexpr = x.dtype.element_ty == tl.float16
-            BASE: tl.constexpr = (1024.0 if IS_HALF else 128.0) if BITS == 4 else 0.0
-            z = _load_step(zeros, step, source, num_groups, num_rows, GROUP, SPLIT)
-            z = (-BASE - z.to(tl.float32)).to(tl.float16 if IS_HALF else tl.bfloat16)
-        # Of the next step, on their way while this one is multiplied.
-        next_s = _load_step(scales, step + 1, source, num_groups, num_rows, GROUP, SPLIT)
-        if BITS == 4:
-            runs = decode_runs(
-                w, s[:, :, None], z[:, :, None], x, zeros, False,
-                DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
-            )  # fmt: skip
-            numbers = tl.reshape(tl.permute(runs, (0, 1, 4, 3, 2)), [SPLIT, BLOCK_N, 128])
+            left = (in_features - chunk * 128)[:, None, None]  # columns
+            if GROUP % 128 == 0:
+                mask = mask & (column[None, None, :] < left)
+        w_step = w_rows + (read * (_TILE_ROWS * STORED))[:, None, None]
+        x_step = x_rows + (chunk * 128)[:, None, None]
+        if GROUP % 128 == 0:
+            w = tl.load(w_step)
+            values = tl.load(x_step, mask=mask, other=0.0)
+            z = s
+            if zeros is not None:
+                z = _load_zeros(
+                    zeros, step * SPLIT, 0, source, num_groups, num_rows, BITS, GROUP, SPLIT, x
+                )
+            # Of the next step, on their way while this one is multiplied.
+            next_s = _load_groups(
+                scales, (step + 1) * SPLIT, 0, source, num_groups, num_rows, GROUP, SPLIT
+            )
+            if BITS == 4:
+                runs = decode_runs(
+                    w, s[:, :, None], z[:, :, None], x, zeros, False,
+                    DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+                )  # fmt: skip
+                numbers = tl.reshape(tl.permute(runs, (0, 1, 4, 3, 2)), [SPLIT, BLOCK_N, 128])
+            else:
+                numbers = decode(
+                    w, s[:, :, None], z[:, :, None], x, zeros, 0, BITS, False,
+                    DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+                )  # fmt: skip
+            columns = _as_columns(values, IS_INTERPRETED)
+            if GROUP == 0:
+                acc = tl.dot(numbers, columns, acc, input_precision="ieee")
+            else:
+                sums = tl.dot(numbers, columns, input_precision="ieee")
+                acc += sums * s.to(tl.float32)[:, :, None]
+                s = next_s
         else:
-            numbers = decode(
-                w, s[:, :, None], z[:, :, None], x, zeros, 0, BITS, False,
-                DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
-            )  # fmt: skip
-        if x.dtype.element_ty == tl.float32:
-            values = values.to(tl.bfloat16)
-        if IS_INTERPRETED:  # numpy has no bf16
-            values = values.to(tl.float32)
-        columns = tl.permute(values, (0, 2, 1))
-        if GROUP == 0:
-            acc = tl.dot(numbers, columns, acc, input_precision="ieee")
-        else:
-            sums = tl.dot(numbers, columns, input_precision="ieee")
-            acc += sums * s.to(tl.float32)[:, :, None]
-            s = next_s
+            if BITS == 4:
+                w = tl.load(w_step)
+            for RUN in tl.static_range(4):
+                if BITS == 8:
+                    w = tl.load(w_step + RUN * 32)
+                taken = mask
+                if not IS_EVEN:
+                    taken = taken & (RUN * 32 + column[None, None, :] < left)
+                values = tl.load(x_step + RUN * 32, mask=taken, other=0.0)
+                if RUN * 32 % GROUP == 0:
+                    at_column = RUN * 32
+                    s = _load_groups(
+                        scales, step * SPLIT, at_column, source, num_groups, num_rows, GROUP, SPLIT
+                    )
+                    z = s
+                    if zeros is not None:
+                        z = _load_zeros(
+                            zeros, step * SPLIT, at_column, source, num_groups, num_rows,
+                            BITS, GROUP, SPLIT, x,
+                        )  # fmt: skip
+                    sums = tl.zeros([SPLIT, BLOCK_N, BLOCK_T], tl.float32)
+                numbers = decode(
+                    w, s[:, :, None], z[:, :, None], x, zeros, RUN if BITS == 4 else 0, BITS,
+                    False, DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
+                )  # fmt: skip
+                columns = _as_columns(values, IS_INTERPRETED)
+                sums = tl.dot(numbers, columns, sums, input_precision="ieee")
+                if (RUN + 1) * 32 % GROUP == 0:
+                    acc += sums * s.to(tl.float32)[:, :, None]
     total = tl.sum(acc, 0)
     if GROUP == 0:
         total *= tl.load(scales + source).to(tl.float32)[:, None]
@@ -171,14 +206,53 @@ def quantized_split_kernel(
 
 
 @triton.jit
-def _load_step(grid, step, source, num_groups, num_rows, GROUP: tl.constexpr, SPLIT: tl.constexpr):
-    """Scales or zero points of a step's chunks, ``[chunks, rows]``."""
+def _load_groups(
+    grid,
+    first,
+    at_column,
+    source,
+    num_groups,
+    num_rows,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Scales or zero points of a column of each chunk from ``first`` on, ``[chunks, rows]``."""
     if GROUP == 0:
         group = tl.zeros([SPLIT], tl.int32)
     else:
-        group = (step * SPLIT + tl.arange(0, SPLIT)) * 128 // GROUP
+        group = ((first + tl.arange(0, SPLIT)) * 128 + at_column) // GROUP
         group = tl.minimum(group, num_groups - 1)
     return tl.load((grid + group.to(tl.int64) * num_rows)[:, None] + source[None, :])
+
+
+@triton.jit
+def _load_zeros(
+    zeros,
+    first,
+    at_column,
+    source,
+    num_groups,
+    num_rows,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    x,
+):
+    """What to add to numbers for their zero points, ``[chunks, rows]``."""
+    IS_HALF: tl.constexpr = x.dtype.element_ty == tl.float16
+    BASE: tl.constexpr = (1024.0 if IS_HALF else 128.0) if BITS == 4 else 0.0
+    z = _load_groups(zeros, first, at_column, source, num_groups, num_rows, GROUP, SPLIT)
+    return (-BASE - z.to(tl.float32)).to(tl.float16 if IS_HALF else tl.bfloat16)
+
+
+@triton.jit
+def _as_columns(values, IS_INTERPRETED: tl.constexpr):
+    """Rows of x as the tensor cores take them, in 16 bits."""
+    if values.dtype == tl.float32:
+        values = values.to(tl.bfloat16)
+    if IS_INTERPRETED:  # numpy has no bf16
+        values = values.to(tl.float32)
+    return tl.permute(values, (0, 2, 1))
 
 
 def quantized_split(
@@ -201,8 +275,7 @@ def quantized_split(
     x : Tensor [T, K]
         fp32, bf16 or fp16, up to ``MAX_ROWS`` rows, which may lie apart; fp32 is rounded to bf16.
     words, scales, zeros, bias, bits, rows, activation, is_dependent
-        As of :func:`kernels.triton.quantized_gemm.quantized_gemm`, in groups of a multiple of 128
-        or with one scale an output (:func:`serves_group`).
+        As of :func:`kernels.triton.quantized_gemm.quantized_gemm`.
     tiling : QuantizedSplitTiling or None
         None: :func:`choose_tiling`.
 
@@ -231,11 +304,6 @@ def quantized_split(
     return out
 
 
-def serves_group(group: int) -> bool:
-    """Whether the kernel takes groups of so many inputs; 0 is one scale an output."""
-    return group % CHUNK == 0
-
-
 @planned
 def _split(
     out: Tensor,
@@ -253,8 +321,6 @@ def _split(
     (num_tokens, in_features), out_features = x.shape, out.shape[1]
     num_groups = scales.shape[0]
     group = group_of(in_features, num_groups)
-    if not serves_group(group):
-        raise ValueError(f"groups of {group} inputs: this kernel takes multiples of {CHUNK}")
     assert words.shape == packed_shape(rows, in_features, bits) and words.is_contiguous()
     assert scales.shape == (num_groups, rows) and scales.is_contiguous()
     assert zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous())
@@ -336,6 +402,8 @@ def example_launches() -> dict[str, Callable[[], object]]:
         "w4g128z, 16 x 28672 x 4096, silu": call(half, 16, 28672, 4096, "w4 zeros silu", 128),
         "w4, fp16, 1 x 100 x 1000, bias": call(torch.float16, 1, 100, 1000, "w4 bias"),
         "w4g256, fp32, 32 x 100 x 1024": call(torch.float32, 32, 100, 1024, "w4", 256),
+        "w4g32z, 16 x 4096 x 4096": call(half, 16, 4096, 4096, "w4 zeros", 32),
+        "w8g64, 2 x 4096 x 4096": call(half, 2, 4096, 4096, "w8", 64),
         "w8, 16 x 4096 x 4096": call(half, 16, 4096, 4096, "w8"),
         "w8g128z, 3 x 28672 x 4096, gelu": call(half, 3, 28672, 4096, "w8 zeros gelu_tanh", 128),
     }

@@ -116,7 +116,7 @@ def products(
         wanted = wanted if bias is None else wanted + bias.double()
         kernels = [quantized_gemm, multiply_written_out]
         kernels += [quantized_gemv] * (rows <= MAX_ROWS)
-        is_few = rows <= quantized_split.MAX_ROWS and grid[1] % 128 == 0
+        is_few = rows <= quantized_split.MAX_ROWS
         kernels += [quantized_split.quantized_split] * is_few
         for kernel in kernels:
             poison(rows, shape[0])

@@ -62,8 +62,7 @@ def test_an_engine_says_what_the_reference_products_say(
     settings: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts = run(engine(*settings, family=family))
-    one, more = ("split", "split") if settings == ("scheme=w8",) else ("gemv", "gemm")
-    assert counts[f"linear.{one}_calls"] > 0 and counts[f"linear.{more}_calls"] > 0
+    assert counts["linear.split_calls"] > 0 and counts["linear.gemm_calls"] > 0
     assert counts["linear.fused_calls"] > 0
     assert counts["linear.native_calls"] == counts["linear.reference_calls"] == 0
     monkeypatch.setattr(quantized_linear, "triton_limit", lambda *_: "not here")
@@ -122,14 +121,12 @@ def test_which_kernel_takes_a_product_follows_from_its_rows() -> None:
 
     few, many = product.MOST_SPLIT_ROWS, product.LEAST_WRITTEN_OUT_ROWS
 
-    def kernels(bits: int, group: int, dtype: torch.dtype) -> list[str]:
+    def kernels(dtype: torch.dtype) -> list[str]:
         rows = (1, few, few + 1, many - 1, many)
-        return [product.choose_kernel(n, bits, group, dtype) for n in rows]
+        return [product.kernel_for(n, dtype) for n in rows]
 
-    half, single = torch.bfloat16, torch.float32
-    assert kernels(4, 128, half) == ["split", "split", "gemm", "gemm", "written_out"]
-    assert kernels(8, 0, single) == ["split", "split", "gemm", "gemm", "gemm"]
-    assert kernels(4, 32, half) == ["gemv", "gemm", "gemm", "gemm", "written_out"]
+    assert kernels(torch.bfloat16) == ["split", "split", "gemm", "gemm", "written_out"]
+    assert kernels(torch.float32) == ["split", "split", "gemm", "gemm", "gemm"]
 
 
 @needs_kernels
