@@ -21,7 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,8 @@ from kernels.triton.launch import compiled_together
 from kernels.triton.quantized_gemm import QuantizedGemmTiling, quantized_gemm
 from kernels.triton.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from kernels.triton.quantized_layout import packed_shape
-from kernels.triton.quantized_product import multiply, multiply_written_out
+from kernels.triton.quantized_product import KERNELS, multiply, multiply_written_out
+from kernels.triton.quantized_split import QuantizedSplitTiling, quantized_split
 from techniques.quantization.weights import WeightScheme
 
 LAYERS = {name: shape for name, shape in MODELS["8B"].items() if name != "head"}
@@ -54,17 +55,24 @@ def gemv_cuts() -> list[Cut]:
     return [("gemv", QuantizedGemvTiling(*shape)) for shape in shapes]
 
 
+def split_cuts() -> list[Cut]:
+    """block_n, num_warps, num_stages, prefetched."""
+    shapes = [(n, w, s, 2) for n in (16, 32) for w in (4, 8) for s in (3, 4)]
+    shapes += [(16, 16, 2, 2), (32, 16, 2, 2), (16, 8, 3, 0), (32, 8, 3, 0), (16, 4, 6, 2)]
+    shapes += [(64, 4, 3, 2), (64, 8, 2, 2)]
+    return [("split", QuantizedSplitTiling(*shape)) for shape in shapes]
+
+
 def gemm_cuts(rows: int, bits: int) -> list[Cut]:
     """Cuts by shared-out blocks for few rows, by whole tiles for many."""
     found: list[QuantizedGemmTiling] = []
     block_t = max(16, min(128, 1 << (rows - 1).bit_length()))
     if rows <= 16:
-        shapes = [(64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 4), (32, 2, 3), (32, 2, 4)]
+        shapes = [(64, 4, 4), (128, 4, 3), (128, 8, 4), (32, 2, 3)]
         for block_n, warps, stages in shapes:
             for programs in (2, 3, 4, 0):
                 cut = QuantizedGemmTiling(block_t, block_n, 128, warps, stages, programs)
                 found.append(cut)
-        found += [replace(cut, prefetched=0) for cut in found if cut.block_n == 128][:8]
     elif rows <= 64:
         shapes = [(64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 4, 3), (32, 2, 3)]
         for block_n, warps, stages in shapes:
@@ -78,8 +86,8 @@ def gemm_cuts(rows: int, bits: int) -> list[Cut]:
         ]  # fmt: skip
     else:
         for block_t, block_n, warps, stages in (
-            (64, 128, 8, 3), (64, 128, 4, 3), (64, 256, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3),
-            (128, 128, 4, 3), (128, 256, 8, 3), (256, 64, 4, 2), (256, 128, 8, 3),
+            (64, 128, 8, 3), (64, 256, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4),
+            (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 2), (256, 128, 8, 3),
         ):  # fmt: skip
             if block_t > rows:
                 continue
@@ -92,6 +100,7 @@ def gemm_cuts(rows: int, bits: int) -> list[Cut]:
 def cuts(rows: int, bits: int) -> list[Cut]:
     """What may be best for so many rows."""
     found = gemv_cuts() if rows == 1 else []
+    found += split_cuts() if rows <= 32 else []
     found += gemm_cuts(rows, bits)
     if rows >= 128:
         found += [("written_out", size << 20) for size in (24, 64, 512)]
@@ -157,6 +166,8 @@ def product(layer: QuantizedLinear, cut: Cut | None, x: Tensor) -> Tensor:
     name, how = cut
     if name == "gemv":
         return quantized_gemv(x, *parts, bits=bits, rows=rows, tiling=how)
+    if name == "split":
+        return quantized_split(x, *parts, bits=bits, rows=rows, tiling=how)
     if name == "gemm":
         return quantized_gemm(x, *parts, bits=bits, rows=rows, tiling=how)
     return multiply_written_out(x, *parts, bits=bits, rows=rows, piece_bytes=how)
@@ -168,6 +179,8 @@ def describe(cut: Cut | None) -> str:
     name, how = cut
     if name == "gemv":
         return f"gemv {how.block_n}x{how.block_q} w{how.num_warps}"
+    if name == "split":
+        return f"split {how.block_n} w{how.num_warps} s{how.num_stages} f{how.prefetched}"
     if name == "gemm":
         scaled = " scaled" if how.scales_weights else ""
         shape = f"{how.block_t}x{how.block_n}x{how.block_k}"
@@ -264,7 +277,7 @@ def tune(layer: Layer, rows: Sequence[int], report: Report, deadline: float, rep
                 timed.append((record["us"]["median"], cut))
         timed.sort(key=lambda pair: pair[0])
         label = f"tune {layer.scheme.name:7} {layer.name:7} T={count:<3}"
-        for kernel in ("gemv", "gemm", "written_out"):
+        for kernel in KERNELS:
             some = [(us, cut) for us, cut in timed if cut[0] == kernel]
             if some:
                 shown = "; ".join(f"{us:.2f} {describe(cut)}" for us, cut in some[:4])

@@ -227,9 +227,9 @@ def kernel_of(layer: QuantizedLinear, num_rows: int, dtype: torch.dtype) -> str:
     layer laid out for Triton, else the implementation."""
     if layer.implementation != "triton":
         return layer.implementation
-    from kernels.triton.quantized_product import choose_kernel
+    from kernels.triton.quantized_product import kernel_for
 
-    return choose_kernel(num_rows, layer.bits, layer.out_features, layer.in_features, dtype)
+    return kernel_for(num_rows, dtype)
 
 
 def apply_quantized_linear(

@@ -29,6 +29,8 @@ from kernels.triton.quantized_gemm_kernel import decoder, quantized_gemm_kernel
 from kernels.triton.quantized_layout import CHUNK, group_of, num_chunks, packed_shape
 from kernels.triton.skinny_gemm import keep_scratch, scratch_of
 
+#: Of more rows, weights are scaled and not sums.
+MOST_SUMS_SCALED = 64
 _BESIDE = 8  # tiles of rows of x that share a weight in L2 before the next ones follow
 
 
@@ -107,6 +109,9 @@ def quantized_gemm(
     out_features = rows if activation is None else rows // 2
     out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
     if out.numel():
+        if num_tokens > MOST_SUMS_SCALED if tiling is None else tiling.scales_weights:
+            # Only values of 32 bits are copied ahead of their use, without passing registers.
+            scales = scales.float()
         tensors = (out, x, words, scales, zeros, bias)
         launch = _gemm.find(tensors, bits, rows, activation or "none", tiling, is_dependent)
         launch(*tensors, *scratch_of(x.device))
@@ -194,7 +199,7 @@ def choose_tiling(
         if bits == 8:
             return QuantizedGemmTiling(16, 32, 128, 2, 3, programs=4)
         return QuantizedGemmTiling(16, 128, 128, 4, 3, programs=3)
-    if num_tokens <= 64:
+    if num_tokens <= MOST_SUMS_SCALED:
         block_t = 32 if num_tokens <= 32 else 64
         return QuantizedGemmTiling(block_t, 64, 128, 4, stages, programs=2)
     if num_tokens <= 128 or not has_large_shared_memory(device):

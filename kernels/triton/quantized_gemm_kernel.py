@@ -153,7 +153,7 @@ def quantized_gemm_kernel(
         w_rows = codes + at + source % _TILE_ROWS * ROW
         x_rows = x + token.to(tl.int64) * x_stride
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-        s, z = _load_grid(
+        s, z = load_grid(
             scales, zeros, source, first * BLOCK_K, num_groups, num_rows, BITS, GROUP, x
         )
         for k in tl.range(first, first + count, num_stages=STAGES):
@@ -167,27 +167,29 @@ def quantized_gemm_kernel(
                 within = at_k // 128 * (_TILE_ROWS * ROW) + at_k % 128 + stored
             w = tl.load(w_rows[:, None] + within[None, :])
             if IS_AHEAD:  # on their way while this block is multiplied
-                next_s, next_z = _load_grid(
+                next_s, next_z = load_grid(
                     scales, zeros, source, at_k + BLOCK_K, num_groups, num_rows, BITS, GROUP, x
                 )
             elif IN_ORDER and GROUP != 0:
-                s, z = _load_grid(scales, zeros, source, at_k, num_groups, num_rows, BITS, GROUP, x)
+                s, z = load_grid(scales, zeros, source, at_k, num_groups, num_rows, BITS, GROUP, x)
             if not IS_CHAINED:
                 part = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
             if IS_JOINED:
-                numbers = _decode_block(
-                    w, s, z, x, zeros, SCALES_WEIGHTS and GROUP != 0,
+                runs = decode_runs(
+                    w, s[:, None], z[:, None], x, zeros, SCALES_WEIGHTS and GROUP != 0,
                     DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
                 )  # fmt: skip
+                numbers = tl.reshape(tl.permute(runs, (0, 3, 2, 1)), [BLOCK_N, 128])
             for RUN in tl.static_range(RUNS):
                 if not IN_ORDER and RUN * 32 % GROUP == 0:
                     at_s = at_k + RUN * 32
-                    s, z = _load_grid(
+                    s, z = load_grid(
                         scales, zeros, source, at_s, num_groups, num_rows, BITS, GROUP, x
                     )
                 if not IS_JOINED:
-                    numbers = _decode(
-                        w, s, z, x, zeros, RUN, BITS, SCALES_WEIGHTS and GROUP != 0,
+                    numbers = decode(
+                        w, s[:, None], z[:, None], x, zeros, RUN, BITS,
+                        SCALES_WEIGHTS and GROUP != 0,
                         DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
                     )  # fmt: skip
                 at_x = at_k + RUN * 32 + column
@@ -214,7 +216,7 @@ def quantized_gemm_kernel(
         if GROUP == 0:
             acc = acc * tl.load(scales + source).to(tl.float32)[:, None]
         if not IS_SHARED or count == blocks:
-            _store(out, acc, bias, source, tile_n, token, is_token, out_features, ACTIVATION)
+            store_tile(out, acc, bias, source, tile_n, token, is_token, out_features, ACTIVATION)
         else:
             # A program has two places: for the tile it begins within, and for one it begins.
             where = program * 2 + (first == 0).to(tl.int32)
@@ -228,7 +230,9 @@ def quantized_gemm_kernel(
             if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
                 tl.store(counters + tile, 0)  # for the next launch
                 merged = add_pieces(parts, part_of, first_program, num_pieces, is_token)
-                _store(out, merged, bias, source, tile_n, token, is_token, out_features, ACTIVATION)
+                store_tile(
+                    out, merged, bias, source, tile_n, token, is_token, out_features, ACTIVATION
+                )
         block += count
 
 
@@ -278,7 +282,7 @@ def _prefetch_weight(
 
 
 @triton.jit
-def _load_grid(
+def load_grid(
     scales,
     zeros,
     source,
@@ -306,7 +310,7 @@ def _load_grid(
 
 
 @triton.jit
-def _decode_block(
+def decode_runs(
     w,
     s,
     z,
@@ -319,29 +323,31 @@ def _decode_block(
     DECODE_3: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Numbers of a chunk of 4 bits in the order of its columns: a thread keeps its own."""
-    run_0 = _decode(
+    """Numbers of a chunk of 4 bits, ``[..., 32, 2, 2]``: run ``i + 2 j`` is at ``[..., i, j]``.
+
+    Put in the order of its columns by a permutation, no number leaves its thread.
+    """
+    run_0 = decode(
         w, s, z, x, zeros, 0, 4, IS_SCALED,
         DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
     )  # fmt: skip
-    run_1 = _decode(
+    run_1 = decode(
         w, s, z, x, zeros, 1, 4, IS_SCALED,
         DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
     )  # fmt: skip
-    run_2 = _decode(
+    run_2 = decode(
         w, s, z, x, zeros, 2, 4, IS_SCALED,
         DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
     )  # fmt: skip
-    run_3 = _decode(
+    run_3 = decode(
         w, s, z, x, zeros, 3, 4, IS_SCALED,
         DECODE_0, DECODE_1, DECODE_2, DECODE_3, IS_INTERPRETED,
     )  # fmt: skip
-    runs = tl.join(tl.join(run_0, run_1), tl.join(run_2, run_3))
-    return tl.reshape(tl.permute(runs, (0, 3, 2, 1)), [w.shape[0], 128])
+    return tl.join(tl.join(run_0, run_1), tl.join(run_2, run_3))
 
 
 @triton.jit
-def _decode(
+def decode(
     w,
     s,
     z,
@@ -356,7 +362,7 @@ def _decode(
     DECODE_3: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Numbers for tensor cores from the codes of a run."""
+    """Numbers for tensor cores from a run of codes; scales and zero points broadcast to them."""
     IS_HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     dtype: tl.constexpr = tl.float16 if IS_HALF else tl.bfloat16
     if BITS == 8 or IS_INTERPRETED:
@@ -367,9 +373,9 @@ def _decode(
             numbers = ((w >> (4 * RUN)) & 15).to(tl.float32)
             numbers += BASE if zeros is not None else -8.0
         if zeros is not None:
-            numbers += z.to(numbers.dtype)[:, None]
+            numbers += z.to(numbers.dtype)
         if IS_SCALED:
-            numbers = (numbers * s.to(numbers.dtype)[:, None]).to(dtype)
+            numbers = (numbers * s.to(numbers.dtype)).to(dtype)
         if IS_INTERPRETED:
             numbers = numbers.to(tl.float32)
         return numbers
@@ -377,22 +383,20 @@ def _decode(
     LATE: tl.constexpr = DECODE_2 if RUN == 2 else DECODE_3
     CODE: tl.constexpr = EARLY if RUN < 2 else LATE
     if zeros is not None and IS_SCALED:
-        pairs = tl.inline_asm_elementwise(
-            CODE, "=r,r,r,r", [w, z[:, None], s.to(dtype)[:, None]], tl.int16, True, 2
-        )
+        pairs = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [w, z, s.to(dtype)], tl.int16, True, 2)
     elif zeros is not None:
-        pairs = tl.inline_asm_elementwise(CODE, "=r,r,r", [w, z[:, None]], tl.int16, True, 2)
+        pairs = tl.inline_asm_elementwise(CODE, "=r,r,r", [w, z], tl.int16, True, 2)
     elif IS_SCALED:
-        pairs = tl.inline_asm_elementwise(
-            CODE, "=r,r,r", [w, s.to(dtype)[:, None]], tl.int16, True, 2
-        )
+        pairs = tl.inline_asm_elementwise(CODE, "=r,r,r", [w, s.to(dtype)], tl.int16, True, 2)
     else:
         pairs = tl.inline_asm_elementwise(CODE, "=r,r", [w], tl.int16, True, 2)
     return pairs.to(dtype, bitcast=True)
 
 
 @triton.jit
-def _store(out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION: tl.constexpr):
+def store_tile(
+    out, acc, bias, source, tile, token, is_token, out_features, ACTIVATION: tl.constexpr
+):
     if bias is not None:
         acc += tl.load(bias + source).to(tl.float32)[:, None]
     dtype: tl.constexpr = out.dtype.element_ty

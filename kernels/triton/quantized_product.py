@@ -4,6 +4,7 @@
 kernel              serves
 ==================  ===============================================================================
 ``gemv``            single rows, without tensor cores (:mod:`kernels.triton.quantized_gemv`)
+``split``           a few rows, K shared out among warps (:mod:`kernels.triton.quantized_split`)
 ``gemm``            more, on tensor cores (:mod:`kernels.triton.quantized_gemm`)
 ``written_out``     thousands: rows of the weight are written out in 16 bits, some at a time into
                     the same memory, which the L2 cache holds, and multiplied by the matrix library
@@ -12,6 +13,7 @@ kernel              serves
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,24 +23,27 @@ from kernels.triton.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.triton.dequantize import dequantize_rows_
 from kernels.triton.quantized_gemm import quantized_gemm
 from kernels.triton.quantized_gemv import quantized_gemv
+from kernels.triton.quantized_split import quantized_split
 
-Kernel = Literal["gemv", "gemm", "written_out"]
-KERNELS: tuple[Kernel, ...] = ("gemv", "gemm", "written_out")
+Kernel = Literal["gemv", "split", "gemm", "written_out"]
+KERNELS: tuple[Kernel, ...] = ("gemv", "split", "gemm", "written_out")
 
-#: Weights of 4 bits of more values take the tensor cores at one row as well, as measured on an
-#: H100 (``experiments.gpu_quantized``): without them there are too many instructions for a weight.
-MOST_GEMV_VALUES = 32 << 20
+#: As measured on an H100 (``experiments.gpu_quantized``).
+MOST_SPLIT_ROWS = 16
 LEAST_WRITTEN_OUT_ROWS = 1024
 PIECE_BYTES = 24 << 20
+_PRODUCTS: dict[Kernel, Callable[..., Tensor]] = {
+    "gemv": quantized_gemv,
+    "split": quantized_split,
+    "gemm": quantized_gemm,
+}
 _PIECES: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
-def choose_kernel(
-    num_rows: int, bits: int, out_features: int, in_features: int, dtype: torch.dtype
-) -> Kernel:
+def kernel_for(num_rows: int, dtype: torch.dtype) -> Kernel:
     """Which kernel multiplies so many rows in ``dtype``."""
-    if num_rows == 1 and (bits == 8 or out_features * in_features <= MOST_GEMV_VALUES):
-        return "gemv"
+    if num_rows <= MOST_SPLIT_ROWS:
+        return "split"
     # The library would multiply fp32 without tensor cores.
     if num_rows < LEAST_WRITTEN_OUT_ROWS or dtype == torch.float32:
         return "gemm"
@@ -55,21 +60,22 @@ def multiply(
     rows: int,
     activation: str | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` by the kernel that :func:`choose_kernel` says; arguments as of
+    """``x @ weight.T + bias`` by the kernel that :func:`kernel_for` says; arguments as of
     :func:`kernels.triton.quantized_gemv.quantized_gemv`.
 
     Returns
     -------
     Tensor [T, N], [T, N / 2] with an activation
     """
-    kernel = choose_kernel(len(x), bits, rows, x.shape[1], x.dtype)
+    kernel = kernel_for(len(x), x.dtype)
     if kernel == "written_out":
         out = multiply_written_out(x, words, scales, zeros, bias, bits=bits, rows=rows)
         if activation is None:
             return out
         return silu_and_mul(out) if activation == "silu" else gelu_tanh_and_mul(out)
-    product = quantized_gemv if kernel == "gemv" else quantized_gemm
-    return product(x, words, scales, zeros, bias, bits=bits, rows=rows, activation=activation)
+    return _PRODUCTS[kernel](
+        x, words, scales, zeros, bias, bits=bits, rows=rows, activation=activation
+    )
 
 
 def multiply_written_out(

@@ -22,6 +22,7 @@ from workbench.slots.linear import LinearLayer, LinearMethod
 #: Counters of products: by Triton's kernels, by the CPU's, and by none.
 _COUNTERS = {
     "gemv": "gemv_calls",
+    "split": "split_calls",
     "gemm": "gemm_calls",
     "written_out": "written_out_calls",
     "native": "native_calls",

@@ -22,6 +22,7 @@ from kernels.quantized_linear import (
     kernel_of,
     pack_quantized_linear,
 )
+from kernels.triton import quantized_split
 from kernels.triton.launch import compiled_together
 from kernels.triton.quantized_gemm import quantized_gemm
 from kernels.triton.quantized_gemv import MAX_ROWS, quantized_gemv
@@ -114,7 +115,10 @@ def products(
         wanted = x.double() @ values.T
         wanted = wanted if bias is None else wanted + bias.double()
         kernels = [quantized_gemm, multiply_written_out]
-        for kernel in kernels + [quantized_gemv] * (rows <= MAX_ROWS):
+        kernels += [quantized_gemv] * (rows <= MAX_ROWS)
+        is_few = rows <= quantized_split.MAX_ROWS
+        kernels += [quantized_split.quantized_split] * is_few
+        for kernel in kernels:
             poison(rows, shape[0])
             found = kernel(x, *parts, **facts)
             if has_run:
@@ -218,7 +222,7 @@ def check_engines_say_what_the_cpu_says() -> None:
             said.append([[(e.token_id, e.logprob) for e in o.outputs[0].logprobs] for o in outputs])
             counts = engine.counters()
             assert counts["linear.quantized_layers"] == 9, counts
-        assert counts["linear.gemv_calls"] + counts["linear.gemm_calls"] > 0
+        assert counts["linear.split_calls"] + counts["linear.gemv_calls"] > 0
         assert counts["linear.native_calls"] == counts["linear.reference_calls"] == 0
         compared = 0
         for some, others in zip(*said, strict=True):

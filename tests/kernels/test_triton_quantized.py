@@ -235,6 +235,43 @@ def test_more_rows_by_scaled_weights(bits: int, group: int, has_zeros: bool) -> 
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group", "has_zeros"), GRIDS)
+def test_warps_that_share_out_columns(
+    bits: int, group: int, has_zeros: bool, dtype: torch.dtype
+) -> None:
+    from kernels.triton.quantized_split import QuantizedSplitTiling, quantized_split
+
+    # Small groups may end within a chunk.
+    rows, in_features = 36, {0: 328, 32: 736, 64: 704}.get(group, 768)
+    weight = Weight(rows, in_features, bits, group, has_zeros, dtype)
+    bias = values(rows, dtype=dtype, seed=3) if has_zeros else None
+    for count, tiling in (
+        (1, QuantizedSplitTiling(16, 4, 2)),
+        (16, QuantizedSplitTiling(32, 2, 2)),
+        (19, None),
+    ):
+        x = strided(values(count, in_features, dtype=dtype))
+        out = quantized_split(x, *weight.parts, bias, tiling=tiling, **weight.facts)
+        compare(out, truth_of(x, weight, bias), x)
+        if count == 1:
+            again = quantized_split(x, *weight.parts, bias, tiling=tiling, **weight.facts)
+            assert torch.equal(out, again)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_warps_that_share_out_columns_gated(activation: str) -> None:
+    from kernels.triton.quantized_split import quantized_split
+
+    weight = Weight(128, 512, 4, 128, True)
+    x = values(5, 512)
+    out = quantized_split(x, *weight.parts, activation=activation, **weight.facts)
+    assert out.shape == (5, 64)
+    compare(out, truth_of(x, weight, None), x, activation)
+
+
+@needs_kernels
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("programs", [0, 3])
 def test_more_rows_gated(activation: str, programs: int) -> None:
@@ -265,9 +302,10 @@ def test_rows_written_out(bits: int, group: int, has_zeros: bool) -> None:
 def test_no_rows() -> None:
     from kernels.triton.quantized_gemm import quantized_gemm
     from kernels.triton.quantized_gemv import quantized_gemv
+    from kernels.triton.quantized_split import quantized_split
 
     weight = Weight(36, 256, 4, 128, False)
-    for product in (quantized_gemv, quantized_gemm):
+    for product in (quantized_gemv, quantized_split, quantized_gemm):
         assert product(values(0, 256), *weight.parts, **weight.facts).shape == (0, 36)
 
 

@@ -62,7 +62,7 @@ def test_an_engine_says_what_the_reference_products_say(
     settings: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts = run(engine(*settings, family=family))
-    assert counts["linear.gemv_calls"] > 0 and counts["linear.gemm_calls"] > 0
+    assert counts["linear.split_calls"] > 0 and counts["linear.gemm_calls"] > 0
     assert counts["linear.fused_calls"] > 0
     assert counts["linear.native_calls"] == counts["linear.reference_calls"] == 0
     monkeypatch.setattr(quantized_linear, "triton_limit", lambda *_: "not here")
@@ -80,7 +80,7 @@ def test_an_engine_says_what_the_reference_products_say(
 
 @needs_kernels
 def test_layers_left_dense_stand_beside_others() -> None:
-    settings = ("scheme=w4g32", "layers=['*.gate_up_proj:dense','lm_head:dense']")
+    settings = ("scheme=w8", "layers=['*.gate_up_proj:dense','lm_head:dense']")
     found, counts = run(engine(*settings))
     assert counts["linear.dense_layers"] == 1 + 2
     assert counts["linear.fused_calls"] > 0
@@ -119,16 +119,14 @@ def test_inputs_in_the_order_of_their_groups(bits: int, rows: int) -> None:
 def test_which_kernel_takes_a_product_follows_from_its_rows() -> None:
     product = pytest.importorskip("kernels.triton.quantized_product")
 
-    def kernels(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> list[str]:
-        most = product.LEAST_WRITTEN_OUT_ROWS
-        rows = (1, 2, most - 1, most)
-        return [product.choose_kernel(n, bits, *shape, dtype) for n in rows]
+    few, many = product.MOST_SPLIT_ROWS, product.LEAST_WRITTEN_OUT_ROWS
 
-    half = torch.bfloat16
-    assert kernels((4096, 4096), 4, half) == ["gemv", "gemm", "gemm", "written_out"]
-    assert kernels((28672, 4096), 4, half) == ["gemm", "gemm", "gemm", "written_out"]
-    assert kernels((28672, 4096), 8, half) == ["gemv", "gemm", "gemm", "written_out"]
-    assert kernels((4096, 4096), 8, torch.float32) == ["gemv", "gemm", "gemm", "gemm"]
+    def kernels(dtype: torch.dtype) -> list[str]:
+        rows = (1, few, few + 1, many - 1, many)
+        return [product.kernel_for(n, dtype) for n in rows]
+
+    assert kernels(torch.bfloat16) == ["split", "split", "gemm", "gemm", "written_out"]
+    assert kernels(torch.float32) == ["split", "split", "gemm", "gemm", "gemm"]
 
 
 @needs_kernels
