@@ -1,7 +1,7 @@
 """Quantised weights: schemes, the quantisers that find their numbers, and what runs them."""
 
 from techniques.quantization.linear import WeightOnly, WeightOnlyConfig
-from techniques.quantization.packed_linear import CompressedTensors
+from techniques.quantization.packed_linear import PackedCheckpoint
 from techniques.quantization.scaled import ScaledConfig, ScaledWeights
 from techniques.quantization.scaled_checkpoint import ScaledCheckpoint
 from techniques.quantization.weights import (
@@ -12,7 +12,7 @@ from techniques.quantization.weights import (
 )
 
 __all__ = [
-    "CompressedTensors",
+    "PackedCheckpoint",
     "QuantizedWeight",
     "ScaledCheckpoint",
     "ScaledConfig",

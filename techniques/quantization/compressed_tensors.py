@@ -3,7 +3,8 @@
 A layer ``X`` has ``X.weight_packed`` ``[N, ceil(K / n)]`` int32, ``n = 32 / bits`` codes a word,
 the first in the lowest bits and every code counted from the least; ``X.weight_scale`` ``[N, G]``;
 ``X.weight_shape`` ``[2]`` int64; and with zero points ``X.weight_zero_point`` ``[ceil(N / n), G]``,
-packed along the outputs. The model's ``config.json`` has the scheme in ``quantization_config``.
+packed along the outputs. Where groups are of inputs in another order, ``X.weight_g_idx`` ``[K]``
+has the group of each. The model's ``config.json`` has the scheme in ``quantization_config``.
 Source: https://github.com/vllm-project/compressed-tensors, release 0.20.
 """
 
@@ -22,6 +23,8 @@ from workbench.core.errors import ConfigError, UnsupportedError
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+INDEX = "weight_g_idx"
+_ORDERS = ("group", "weight", "dynamic", "static")  # the last two are other names of the first
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -114,11 +117,12 @@ def read_config(config: Mapping[str, Any]) -> tuple[WeightScheme, tuple[str, ...
     weights = groups[0].get("weights") or {}
     activations = groups[0].get("input_activations")
     known = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
-    if not known or activations or weights.get("actorder") in ("group", True):
+    order = weights.get("actorder")
+    if not known or activations or order not in (None, False, True, *_ORDERS):
         raise UnsupportedError(
             f"the checkpoint's weights are {weights}, its activations {activations}: integer "
-            "weights with scales of consecutive groups or of outputs, and activations as they are, "
-            "are read."
+            "weights with scales of groups or of outputs, actorder "
+            f"{', '.join(_ORDERS)} or none, and activations as they are, are read."
         )
     size = weights.get("group_size") or 0
     grouped = weights["strategy"] == "group"
@@ -129,6 +133,12 @@ def read_config(config: Mapping[str, Any]) -> tuple[WeightScheme, tuple[str, ...
     except ConfigError as error:
         raise UnsupportedError(f"the checkpoint's scheme: {error}") from error
     return scheme, tuple(config.get("ignore") or ())
+
+
+def is_ordered_by_group(weights: Mapping[str, Any]) -> bool:
+    """Whether layers have ``weight_g_idx``, from the arguments of their weights; other orders are
+    those in which columns were rounded, and leave nothing behind."""
+    return weights["strategy"] == "group" and weights.get("actorder") in ("group", "dynamic", True)
 
 
 def is_kept(name: str, ignored: Sequence[str]) -> bool:

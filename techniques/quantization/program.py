@@ -67,7 +67,7 @@ class QuantizeProgram:
     @property
     def reader(self) -> str:
         """Option of slot ``linear`` that reads what is written."""
-        return "compressed_tensors" if self.scheme.input_codes() is None else "scaled_checkpoint"
+        return "packed_checkpoint" if self.scheme.input_codes() is None else "scaled_checkpoint"
 
     def run(
         self,

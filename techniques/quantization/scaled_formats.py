@@ -96,7 +96,7 @@ def _compressed(config: Mapping[str, Any]) -> ScaledScheme:
             f"the checkpoint has format {form!r} and activations "
             f"{'in 16 bits' if not inputs else 'quantised'}; {FLOAT_FORMAT!r} and {INT_FORMAT!r} "
             "with activations in 8 bits are read. Of format 'pack-quantized', choose "
-            "engine/linear=compressed_tensors."
+            "engine/linear=packed_checkpoint."
         )
     kind = "float" if form == FLOAT_FORMAT else "int"
     strategy, of_inputs = weights.get("strategy"), inputs.get("strategy")

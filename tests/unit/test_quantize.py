@@ -27,7 +27,7 @@ from workbench.cli.main import main
 from workbench.core.errors import UnsupportedError, WorkbenchError
 from workbench.core.sampling import SamplingParams
 
-READS = "engine/linear=compressed_tensors"
+READS = "engine/linear=packed_checkpoint"
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
@@ -175,9 +175,7 @@ def test_wrong_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_who_reads_what_is_said(tmp_path: Path) -> None:
     folder = quantized(tmp_path / "q", "w4g32", "quantizer=rtn")
-    with pytest.raises(
-        UnsupportedError, match=r"quantised \('compressed-tensors'.*compressed_tens"
-    ):
+    with pytest.raises(UnsupportedError, match=r"quantised \('compressed-tensors'.*packed_check"):
         tiny_engine(model=folder)
     with pytest.raises(UnsupportedError, match="the model's checkpoint is not quantised"):
         tiny_engine(READS)
@@ -201,7 +199,7 @@ def test_checkpoints_of_other_methods() -> None:
         ({**good, "format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized"),
         ({**good, "config_groups": {}}, "0 groups of layers"),
         (_with(good, input_activations={"num_bits": 8}), "its activations"),
-        (_with(good, weights={**weights, "actorder": "group"}), "actorder"),
+        (_with(good, weights={**weights, "actorder": "random"}), "actorder"),
         (_with(good, weights={**weights, "type": "float"}), "float"),
         (_with(good, weights={**weights, "num_bits": 3}), "3 bits"),
     ):

@@ -13,7 +13,7 @@ from kernels.quantized_linear import (
     pack_quantized_linear,
 )
 from kernels.triton import HAS_TRITON, is_interpreted
-from techniques.quantization import CompressedTensors, WeightOnly
+from techniques.quantization import PackedCheckpoint, WeightOnly
 from techniques.quantization import linear as weight_only
 from tests.helpers.engines import mixed_prompts, tiny_engine
 from tests.helpers.interpreted import (
@@ -135,9 +135,9 @@ def test_groups_that_the_kernels_lack_are_refused_with_the_layer() -> None:
         engine("scheme=w4g16")
 
 
-@pytest.mark.parametrize("method", [WeightOnly, CompressedTensors])
+@pytest.mark.parametrize("method", [WeightOnly, PackedCheckpoint])
 def test_reasons_name_the_device_and_the_dtype(
-    method: type[WeightOnly] | type[CompressedTensors],
+    method: type[WeightOnly] | type[PackedCheckpoint],
 ) -> None:
     def reasons(device: str, dtype: torch.dtype) -> str:
         return "; ".join(method().unsupported_reasons(torch.device(device), dtype))

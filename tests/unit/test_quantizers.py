@@ -7,7 +7,6 @@ import re
 import statistics as statistics_
 import time
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,12 +32,10 @@ from techniques.quantization.quantizers import (
 from techniques.quantization.quantizers.base import output_error
 from techniques.quantization.quantizers.folding import fold_scales, folds_of
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.whole_models import whole_logits
 from workbench.core.errors import ConfigError, UnsupportedError, WorkbenchError
 from workbench.models.decoder import Decoder
 from workbench.models.loader import load_model
-from workbench.models.whole_texts import WholeTextAttention, whole_text_batch
-from workbench.slots.attention import ForwardContext
-from workbench.slots.kv_pool import ModelDtypePool
 from workbench.slots.linear import DenseLinear
 
 W4G32 = WeightScheme(4, 32)
@@ -405,31 +402,15 @@ def some_texts(count: int, seed: int = 0) -> list[list[int]]:
 TEXTS, UNSEEN = some_texts(24), some_texts(8, seed=9)
 
 
-@torch.no_grad()
-def logits(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """``[T, V]`` of whole texts, by the decoder's own forward pass."""
-    longest = max(map(len, texts))
-    batch = whole_text_batch(texts, longest, decoder.device)
-    pool = ModelDtypePool(
-        shape=decoder.spec.kv_shape(decoder.dtype),
-        num_blocks=len(texts),
-        block_size=longest,
-        device=decoder.device,
-    )
-    attention = WholeTextAttention()
-    context = ForwardContext(batch, attention, attention.build_metadata(batch), pool)
-    return decoder.compute_logits(decoder.forward(batch, context)).float()
-
-
 def divergence(decoder: Decoder, original: Tensor) -> float:
     """Mean KL of the original's next tokens from the decoder's, in nats."""
-    found = logits(decoder, UNSEEN).log_softmax(1)
+    found = whole_logits(decoder, UNSEEN).log_softmax(1)
     wanted = original.log_softmax(1)
     return float((wanted.exp() * (wanted - found)).sum(1).mean())
 
 
 def test_kl_of_a_model_orders_the_quantisers() -> None:
-    original = logits(loaded(), UNSEEN)
+    original = whole_logits(loaded(), UNSEEN)
     found: dict[str, float] = {}
     for name, quantizer in {
         "rtn": RTN(),
@@ -468,7 +449,7 @@ def test_folding_leaves_the_model_s_function(family: str) -> None:
     changed: dict[str, Tensor] = {}
     with torch.no_grad():
         decoder.layers[0].attention_norm[3] = -decoder.spec.norm_offset  # an input that is always 0
-        original = logits(decoder, UNSEEN)
+        original = whole_logits(decoder, UNSEEN)
         for layer in decoder.layers:
             folds = folds_of(layer)
             assert [fold.consumer.name.split(".")[-1] for fold in folds] == [
@@ -484,7 +465,7 @@ def test_folding_leaves_the_model_s_function(family: str) -> None:
                 assert torch.isfinite(used).all()
                 assert not torch.equal(before, fold.consumer.state.weight)
                 changed |= tensors
-    torch.testing.assert_close(logits(decoder, UNSEEN), original, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(whole_logits(decoder, UNSEEN), original, rtol=2e-4, atol=2e-4)
     layers = [f"model.layers.{i}" for i in range(len(decoder.layers))]
     wanted = {f"{layer}.input_layernorm.weight" for layer in layers}
     norm = "pre_feedforward" if family == "gemma3" else "post_attention"
@@ -542,7 +523,7 @@ def test_each_layer_sees_its_own_inputs(family: str) -> None:
     assert isinstance(plain.linear, PlainLinear)
     plain.linear.observer = lambda layer, x: inputs.setdefault(layer.name, []).append(x.clone())
     for text in TEXTS:
-        logits(plain, [text])
+        whole_logits(plain, [text])
     for name in names:
         weight, found = quantizer.seen[name]
         linear = next(
@@ -635,10 +616,10 @@ def rebuilt(family: str, result: QuantizedModel) -> Decoder:
 def test_the_result_is_all_that_a_checkpoint_needs(family: str) -> None:
     decoder = loaded(family)
     result = quantize_decoder(decoder, AWQ(), WeightScheme(8, 32), TEXTS)
-    found = logits(rebuilt(family, result), UNSEEN)
-    assert torch.equal(found, logits(decoder, UNSEEN))
+    found = whole_logits(rebuilt(family, result), UNSEEN)
+    assert torch.equal(found, whole_logits(decoder, UNSEEN))
     # Eight bits lose little: factors were put in as often as they were taken out.
-    assert divergence(decoder, logits(loaded(family), UNSEEN)) < 1e-3
+    assert divergence(decoder, whole_logits(loaded(family), UNSEEN)) < 1e-3
 
 
 def test_the_head_if_asked_for() -> None:

@@ -25,6 +25,10 @@ _HARMLESS = ".rotary_emb.inv_freq"
 class WeightSource(Protocol):
     """Where weights come from."""
 
+    def has(self, parameter: Parameter) -> bool:
+        """Whether there is a tensor of that name."""
+        ...
+
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         ...
@@ -121,6 +125,9 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """What the files call a tensor."""
         return self._where[name][1]
+
+    def has(self, parameter: Parameter) -> bool:
+        return parameter.name in self._where
 
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         path, stored = self._where[parameter.name]

@@ -218,7 +218,10 @@ class _Loader:
         for linear in linears:
             # Only the method knows what its checkpoints hold; on "meta" asking costs no memory.
             self._create(linear, torch.device("meta"))
-            expected += [f"{shard}.{part}" for shard, _ in linear.shards for part in linear.params]
+            for shard, _ in linear.shards:
+                for part in linear.params:
+                    names = optional if part in linear.optional else expected
+                    names.append(f"{shard}.{part}")
             unread = self.decoder.linear.unread_suffixes
             optional += [f"{shard}.{part}" for shard, _ in linear.shards for part in unread]
         self.source.check_names(expected, optional)
@@ -274,13 +277,22 @@ class _Loader:
             start = 0
             for index, (shard, width) in enumerate(layer.shards):
                 dense = Parameter(f"{shard}.{suffix}", (width, *whole.shape[1:]))
+                if suffix in layer.optional and not self.source.has(dense):
+                    start += width
+                    continue
                 found = self.source.shape(dense)
-                if whole.shape == (len(layer.shards),) and found in ((), (1,)):
-                    yield _Piece(dense, suffix, 0, index, 1)  # one number a checkpoint's layer
+                is_number = whole.shape == (len(layer.shards),) and found in ((), (1,))
+                if is_number or whole.shape == (len(layer.shards), *found):
+                    yield _Piece(dense, suffix, 0, index, 1)  # without outputs: one a shard
                     continue
                 dim = _stacked_dim(tuple(whole.shape), found, width, layer.out_features)
-                if dim is None:
+                if dim is None and suffix in ("weight", "bias"):
                     yield self._wrong_shape(dense)
+                elif dim is None:
+                    yield (
+                        f"{dense.name} has {list(found)}, expected what {width} of "
+                        f"{layer.out_features} outputs have of {list(whole.shape)}"
+                    )
                 else:
                     # A packed format holds several outputs in one element, so count in its own.
                     first = whole.shape[dim] * start // layer.out_features

@@ -48,6 +48,9 @@ class RandomWeights:
         self.dtype = dtype
         self.device = device
 
+    def has(self, parameter: Parameter) -> bool:
+        return True
+
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         return parameter.shape
 

@@ -25,9 +25,13 @@ class LinearLayer:
     shards
         Names and widths of the checkpoint's layers that are stacked along the output.
     params
-        What the loader fills, by the checkpoint's suffix (``weight``, ``bias``, …).
+        What the loader fills, by the checkpoint's suffix (``weight``, ``bias``, …). Tensors of the
+        stacked layers lie behind one another along their outputs; what has no outputs lies in a
+        parameter with one dimension more, the first, which counts the shards.
     state
         What ``apply`` uses, made by ``process_weights_after_loading``.
+    optional
+        Of ``params``, what the checkpoint may lack: then it stays as it was created.
     """
 
     name: str
@@ -37,6 +41,7 @@ class LinearLayer:
     has_bias: bool = False
     params: dict[str, torch.Tensor] = field(default_factory=dict)
     state: Any = None
+    optional: set[str] = field(default_factory=set)
 
 
 class LinearMethod(Component):
@@ -60,9 +65,9 @@ class LinearMethod(Component):
             raise UnsupportedError(
                 f"the checkpoint is quantised ({quantization.get('quant_method')!r} in its "
                 f"config.json), and engine/linear holds {type(self).__name__}, which reads weights "
-                "as they were trained. Choose engine/linear=compressed_tensors for checkpoints of "
-                "that method, scaled_checkpoint where activations are quantised too, or a "
-                "checkpoint that is not quantised."
+                "as they were trained. Choose engine/linear=packed_checkpoint where weights alone "
+                "are quantised, scaled_checkpoint where activations are too, or a checkpoint that "
+                "is not quantised."
             )
 
     @abstractmethod
