@@ -174,9 +174,9 @@ def test_scratch_memory_grows_and_the_old_stays() -> None:
     device = torch.device("cpu")
     parts = skinny_gemm._PARTS.setdefault(device, [])
     counters = skinny_gemm._COUNTERS.setdefault(device, [])
-    skinny_gemm._keep_scratch(10, 10, device)
+    skinny_gemm.keep_scratch(10, 10, device)
     before = parts[-1]
-    skinny_gemm._keep_scratch(before.numel() + 1, counters[-1].numel() + 1, device)
+    skinny_gemm.keep_scratch(before.numel() + 1, counters[-1].numel() + 1, device)
     assert parts[-1].numel() > before.numel() and counters[-1].numel() > counters[0].numel()
     assert parts[0] is before
     assert not counters[-1].any()
