@@ -229,7 +229,7 @@ def kernel_of(layer: QuantizedLinear, num_rows: int, dtype: torch.dtype) -> str:
         return layer.implementation
     from kernels.triton.quantized_product import kernel_for
 
-    return kernel_for(num_rows, dtype)
+    return kernel_for(num_rows, layer.out_features * layer.in_features, dtype)
 
 
 def apply_quantized_linear(

@@ -194,15 +194,22 @@ def choose_tiling(
     rows: int, in_features: int, bits: int, group: int, num_tokens: int, device: torch.device
 ) -> QuantizedGemmTiling:
     """The cut that suits a shape (``experiments.gpu_quantized --tune``)."""
-    stages = 3 if has_large_shared_memory(device) else 2
+    has_room = has_large_shared_memory(device)
+    stages = 3 if has_room else 2
+    is_large = rows > 128 * num_multiprocessors(device)  # as many tiles as programs
     if num_tokens <= 16:
         if bits == 8:
-            return QuantizedGemmTiling(16, 32, 128, 2, 3, programs=4)
-        return QuantizedGemmTiling(16, 128, 128, 4, 3, programs=3)
+            return QuantizedGemmTiling(16, 32, 128, 2, stages, programs=0 if is_large else 4)
+        if is_large or in_features >= 8192:
+            return QuantizedGemmTiling(16, 64, 128, 4, 4, programs=0 if is_large else 4)
+        shared = 3 if rows > 32 * num_multiprocessors(device) else 2
+        return QuantizedGemmTiling(16, 128, 128, 4, 3, programs=shared)
     if num_tokens <= MOST_SUMS_SCALED:
         block_t = 32 if num_tokens <= 32 else 64
+        if is_large and bits == 4 and block_t == 64:
+            return QuantizedGemmTiling(64, 128, 128, 4, stages)
         return QuantizedGemmTiling(block_t, 64, 128, 4, stages, programs=2)
-    if num_tokens <= 128 or not has_large_shared_memory(device):
+    if num_tokens <= 128 or not has_room:
         return QuantizedGemmTiling(128, 64, 128, 4, stages, programs=2, scales_weights=True)
     return QuantizedGemmTiling(128, 128, 128, 8, stages, scales_weights=True)
 

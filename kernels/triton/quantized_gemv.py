@@ -195,13 +195,14 @@ def choose_tiling(
     asked for before it waits.
     """
     pieces = num_chunks(in_features) * bits  # of 16 bytes, in a row
-    block_q = 128
+    block_q = 64 if bits == 8 else 128
     while block_q > pieces or (pieces % block_q and block_q > 32):
         block_q //= 2
     block_q = max(block_q, 8)
-    few = rows <= 16 * num_multiprocessors(device)
-    block_n = 16 if num_rows <= 2 and not few else 8
-    return QuantizedGemvTiling(block_n, block_q, num_warps=4)
+    if bits == 8:
+        return QuantizedGemvTiling(4, block_q, num_warps=2)
+    few = rows <= 32 * num_multiprocessors(device)
+    return QuantizedGemvTiling(8 if few or num_rows > 1 else 4, block_q, num_warps=4)
 
 
 def example_launches() -> dict[str, Callable[[], object]]:

@@ -3,7 +3,7 @@
 ==================  ===============================================================================
 kernel              serves
 ==================  ===============================================================================
-``gemv``            single rows, without tensor cores (:mod:`kernels.triton.quantized_gemv`)
+``gemv``            single rows of small weights (:mod:`kernels.triton.quantized_gemv`)
 ``split``           a few rows, K shared out among warps (:mod:`kernels.triton.quantized_split`)
 ``gemm``            more, on tensor cores (:mod:`kernels.triton.quantized_gemm`)
 ``written_out``     thousands: rows of the weight are written out in 16 bits, some at a time into
@@ -28,9 +28,14 @@ from kernels.triton.quantized_split import quantized_split
 Kernel = Literal["gemv", "split", "gemm", "written_out"]
 KERNELS: tuple[Kernel, ...] = ("gemv", "split", "gemm", "written_out")
 
-#: As measured on an H100 (``experiments.gpu_quantized``).
-MOST_SPLIT_ROWS = 16
-LEAST_WRITTEN_OUT_ROWS = 1024
+#: Single rows of weights of so many values take no tensor cores, as measured on an H100
+#: (``experiments.gpu_quantized``).
+MOST_GEMV_VALUES = 32 << 20
+#: 0: not measured on a GPU yet. ``--tune`` of that experiment has the kernel among its cuts.
+MOST_SPLIT_ROWS = 0
+#: The weight is written out as fast for any number of rows: of the one product that was measured
+#: (6144 x 4096, 8 bits), that and the library's product take less than ``gemm`` from here on.
+LEAST_WRITTEN_OUT_ROWS = 512
 PIECE_BYTES = 24 << 20
 _PRODUCTS: dict[Kernel, Callable[..., Tensor]] = {
     "gemv": quantized_gemv,
@@ -40,10 +45,12 @@ _PRODUCTS: dict[Kernel, Callable[..., Tensor]] = {
 _PIECES: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
-def kernel_for(num_rows: int, dtype: torch.dtype) -> Kernel:
-    """Which kernel multiplies so many rows in ``dtype``."""
+def kernel_for(num_rows: int, num_values: int, dtype: torch.dtype) -> Kernel:
+    """Which kernel multiplies so many rows in ``dtype`` with a weight of so many values."""
     if num_rows <= MOST_SPLIT_ROWS:
         return "split"
+    if num_rows == 1 and num_values <= MOST_GEMV_VALUES:
+        return "gemv"
     # The library would multiply fp32 without tensor cores.
     if num_rows < LEAST_WRITTEN_OUT_ROWS or dtype == torch.float32:
         return "gemm"
@@ -67,7 +74,7 @@ def multiply(
     -------
     Tensor [T, N], [T, N / 2] with an activation
     """
-    kernel = kernel_for(len(x), x.dtype)
+    kernel = kernel_for(len(x), rows * x.shape[1], x.dtype)
     if kernel == "written_out":
         out = multiply_written_out(x, words, scales, zeros, bias, bits=bits, rows=rows)
         if activation is None:

@@ -299,6 +299,21 @@ def test_rows_written_out(bits: int, group: int, has_zeros: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_weight_written_out_in_pieces(has_bias: bool) -> None:
+    from kernels.triton.quantized_product import multiply_written_out
+
+    weight = Weight(600, 256, 4, 128, True)
+    bias = values(600, seed=3) if has_bias else None
+    x = strided(values(9, 256))
+    for piece_bytes in (1, 1 << 24):  # three pieces of 256 rows at most, and one
+        out = multiply_written_out(x, *weight.parts, bias, piece_bytes=piece_bytes, **weight.facts)
+        truth = truth_of(x, weight, bias)
+        error = (out.double() - truth).norm() / truth.norm()
+        assert float(error) < 1e-2, float(error)
+
+
+@needs_kernels
 def test_no_rows() -> None:
     from kernels.triton.quantized_gemm import quantized_gemm
     from kernels.triton.quantized_gemv import quantized_gemv

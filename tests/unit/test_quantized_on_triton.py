@@ -62,7 +62,7 @@ def test_an_engine_says_what_the_reference_products_say(
     settings: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts = run(engine(*settings, family=family))
-    assert counts["linear.split_calls"] > 0 and counts["linear.gemm_calls"] > 0
+    assert counts["linear.gemv_calls"] > 0 and counts["linear.gemm_calls"] > 0
     assert counts["linear.fused_calls"] > 0
     assert counts["linear.native_calls"] == counts["linear.reference_calls"] == 0
     monkeypatch.setattr(quantized_linear, "triton_limit", lambda *_: "not here")
@@ -116,17 +116,23 @@ def test_inputs_in_the_order_of_their_groups(bits: int, rows: int) -> None:
         )
 
 
-def test_which_kernel_takes_a_product_follows_from_its_rows() -> None:
+def test_which_kernel_takes_a_product_follows_from_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     product = pytest.importorskip("kernels.triton.quantized_product")
 
-    few, many = product.MOST_SPLIT_ROWS, product.LEAST_WRITTEN_OUT_ROWS
+    many, small = product.LEAST_WRITTEN_OUT_ROWS, product.MOST_GEMV_VALUES
 
-    def kernels(dtype: torch.dtype) -> list[str]:
-        rows = (1, few, few + 1, many - 1, many)
-        return [product.kernel_for(n, dtype) for n in rows]
+    def kernels(num_values: int, dtype: torch.dtype) -> list[str]:
+        rows = (1, 2, many - 1, many)
+        return [product.kernel_for(n, num_values, dtype) for n in rows]
 
-    assert kernels(torch.bfloat16) == ["split", "split", "gemm", "gemm", "written_out"]
-    assert kernels(torch.float32) == ["split", "split", "gemm", "gemm", "gemm"]
+    half = torch.bfloat16
+    assert kernels(small, half) == ["gemv", "gemm", "gemm", "written_out"]
+    assert kernels(small + 1, half) == ["gemm", "gemm", "gemm", "written_out"]
+    assert kernels(small, torch.float32) == ["gemv", "gemm", "gemm", "gemm"]
+    monkeypatch.setattr(product, "MOST_SPLIT_ROWS", 2)
+    assert kernels(small, half) == ["split", "split", "gemm", "written_out"]
 
 
 @needs_kernels
