@@ -1,5 +1,6 @@
 """Quantisers of weights after their papers, and the pipeline that runs one over a model."""
 
+from techniques.quantization.quantizers.autoround import AutoRound, AutoRoundOptions
 from techniques.quantization.quantizers.awq import AWQ, AWQOptions
 from techniques.quantization.quantizers.base import InputStatistics, Needs, Quantizer
 from techniques.quantization.quantizers.calibration import PlainLinear
@@ -22,6 +23,8 @@ __all__ = [
     "HQQ",
     "RTN",
     "AWQOptions",
+    "AutoRound",
+    "AutoRoundOptions",
     "GPTQOptions",
     "HQQOptions",
     "InputStatistics",

@@ -4,9 +4,9 @@ a grid come out."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -158,16 +158,46 @@ class Needs:
         Inputs as they are.
     sizes
         The greatest size of each.
+    layers
+        Decoder layers as a whole: then :meth:`Quantizer.quantize_layer` is called for each.
     """
 
     hessian: bool = False
     rows: bool = False
     sizes: bool = False
+    layers: bool = False
 
     @property
     def any(self) -> bool:
         """Whether there is anything to be known."""
-        return self.hessian or self.rows or self.sizes
+        return self.hessian or self.rows or self.sizes or self.layers
+
+
+class LayerProblem(Protocol):
+    """A decoder layer as a function of the weights of its linear layers."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What is to be quantised, ``[N, K]`` float32 by name; not to be changed."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """Calibration texts."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of draws of texts."""
+        ...
+
+    def outputs(self, weights: Mapping[str, Tensor], texts: list[int]) -> list[Tensor]:
+        """``[T, H]`` of each text, with ``weights`` in place of its own; gradients pass."""
+        ...
+
+    def wanted(self, text: int) -> Tensor:
+        """``[T, H]`` that the original model has there."""
+        ...
 
 
 class Quantizer(ABC):
@@ -214,6 +244,11 @@ class Quantizer(ABC):
         ConfigError
             The groups do not divide the inputs, or statistics are missing.
         """
+
+    def quantize_layer(self, problem: LayerProblem, scheme: Any) -> dict[str, QuantizedWeight]:
+        """Quantise the linear layers of a decoder layer together, by name; only called where
+        :attr:`needs` has ``layers``."""
+        raise NotImplementedError
 
     def find_scales(
         self, weights: Sequence[Tensor], scheme: Any, inputs: InputStatistics

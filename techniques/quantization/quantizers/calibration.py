@@ -94,6 +94,13 @@ class CalibrationRun:
         Tokens of each.
     batch_tokens
         About how many tokens run at once; a longer text runs alone.
+    keep_originals
+        Whether a second copy of the streams goes through the layers as they were.
+
+    Attributes
+    ----------
+    streams, originals : list[Tensor [T, H]]
+        Of each batch; ``originals`` is empty unless they are kept.
 
     Raises
     ------
@@ -101,7 +108,14 @@ class CalibrationRun:
         A text is empty, longer than the model's context, or has tokens that the model does not.
     """
 
-    def __init__(self, decoder: Decoder, texts: Sequence[Sequence[int]], batch_tokens: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        texts: Sequence[Sequence[int]],
+        batch_tokens: int,
+        *,
+        keep_originals: bool = False,
+    ) -> None:
         if not isinstance(decoder.linear, PlainLinear):
             raise ConfigError(
                 "the weights of this decoder cannot be read or rewritten. Load it with "
@@ -114,6 +128,7 @@ class CalibrationRun:
             decoder.embed(torch.tensor([i for text in batch for i in text], device=decoder.device))
             for batch in self.batches
         ]
+        self.originals = [stream.clone() for stream in self.streams] if keep_originals else []
 
     def watch(self, layer: DecoderLayer, observer: Observer) -> None:
         """Show ``observer`` the inputs of each linear layer; the streams stay in front."""
@@ -128,6 +143,19 @@ class CalibrationRun:
         """Move the streams behind ``layer``, as its weights are now."""
         for batch, stream in zip(self.batches, self.streams, strict=True):
             stream.add_(self._run(layer, batch, stream))
+
+    def advance_originals(self, layer: DecoderLayer) -> None:
+        """Move the original streams behind ``layer``, whose weights are as they were."""
+        for batch, stream in zip(self.batches, self.originals, strict=True):
+            stream.add_(self._run(layer, batch, stream))
+
+    def by_text(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        """Streams ``[T, H]`` of single texts, views of those of batches."""
+        return [
+            part
+            for batch, stream in zip(self.batches, streams, strict=True)
+            for part in torch.split(stream, [len(text) for text in batch])
+        ]
 
     def watch_head(self, observer: Observer) -> None:
         """Show ``observer`` the inputs of the head; the streams are behind the last layer."""

@@ -4,7 +4,7 @@ already quantised, make of the calibration texts."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.scaled_linear import quantize_rows_reference
 from techniques.quantization.quantizers.base import InputStatistics, Quantizer, output_error
 from techniques.quantization.quantizers.calibration import CalibrationRun, Shard, shards_of
+from techniques.quantization.quantizers.differentiable import DecoderLayerProblem
 from techniques.quantization.quantizers.folding import can_fold, fold_scales, folds_of
 from techniques.quantization.weights import QuantizedWeight, Scheme
 from workbench.core.errors import ConfigError, UnsupportedError
@@ -139,7 +140,9 @@ def quantize_decoder(
     options = PipelineOptions() if options is None else options
     if quantizer.needs_for(scheme).any and not texts:
         raise ConfigError(f"{type(quantizer).__name__} needs calibration texts; none were given.")
-    run = CalibrationRun(decoder, texts, options.batch_tokens)
+    run = CalibrationRun(
+        decoder, texts, options.batch_tokens, keep_originals=quantizer.needs_for(scheme).layers
+    )
     chosen, kept = _choose(decoder, options)
     _check_groups(chosen, scheme)
     return _Pipeline(run, quantizer, scheme, options, chosen, kept, progress).quantize()
@@ -171,14 +174,15 @@ class _Pipeline:
             if inputs:
                 self.run.watch(layer, _adding_to(inputs))
             scaled = self._scale(layer, inputs)
+            ready = self._together(layer)
             for linear in layer.linears:
-                self._quantize(linear, inputs.pop(linear.name, None), linear.name in scaled)
+                self._quantize(linear, inputs.pop(linear.name, None), linear.name in scaled, ready)
             if layer is not layers[-1] or self.options.head:
                 self.run.advance(layer)
         if self.options.head:
             inputs = self._statistics((self.decoder.lm_head,))
             self.run.watch_head(_adding_to(inputs))
-            self._quantize(self.decoder.lm_head, inputs.get("lm_head"), False)
+            self._quantize(self.decoder.lm_head, inputs.get("lm_head"), False, {})
         return self.found
 
     def _statistics(self, linears: Sequence[LinearLayer]) -> dict[str, InputStatistics]:
@@ -221,15 +225,39 @@ class _Pipeline:
             scaled.add(linear.name)
         return scaled
 
-    def _quantize(self, linear: LinearLayer, inputs: InputStatistics | None, scaled: bool) -> None:
+    def _together(self, layer: DecoderLayer) -> dict[str, tuple[QuantizedWeight, float]]:
+        """Weights of a decoder layer that are found together, each with its share of the seconds;
+        none where the quantiser takes them one by one."""
+        if not self.quantizer.needs.layers:
+            return {}
+        self.run.advance_originals(layer)
+        problem = DecoderLayerProblem(self.run, layer, self.chosen, self.options.seed + layer.index)
+        if not problem.weights:
+            return {}
+        started = time.perf_counter()
+        found = self.quantizer.quantize_layer(problem, self.scheme)
+        seconds = (time.perf_counter() - started) / len(found)
+        return {name: (weight, seconds) for name, weight in found.items()}
+
+    def _quantize(
+        self,
+        linear: LinearLayer,
+        inputs: InputStatistics | None,
+        scaled: bool,
+        ready: Mapping[str, tuple[QuantizedWeight, float]],
+    ) -> None:
         for shard in shards_of(linear):
             if shard.name not in self.chosen:
                 continue
             started = time.perf_counter()
             weight = shard.weight.float()
-            found = self.quantizer.quantize(weight, self.scheme, inputs, shard.name)
+            if shard.name in ready:
+                found, before = ready[shard.name]
+            else:
+                before = 0.0
+                found = self.quantizer.quantize(weight, self.scheme, inputs, shard.name)
             values = found.dequantize()
-            seconds = time.perf_counter() - started
+            seconds = before + time.perf_counter() - started
             error = None
             if inputs is not None:
                 error = output_error(weight, values, inputs.rows, _rounded(found, inputs.rows))
