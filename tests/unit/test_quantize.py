@@ -158,7 +158,7 @@ def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
 def test_wrong_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = f"model={tiny_model('llama', vocab_size=256)}"
     for arguments, words in (
-        ([model], "needs one quantizer=: awq, "),
+        ([model], "needs one quantizer=: autoround, awq, "),
         ([model, "quantizer=magic"], "unknown quantizer 'magic'"),
         ([model, "quantizer=rtn", "scheme=w3"], "unknown scheme of weights 'w3'"),
         ([model, "quantizer=rtn", "scheme=w4g48"], "48"),
