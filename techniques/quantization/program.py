@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from techniques.quantization.compressed_tensors import config_of, tensors_of
 from techniques.quantization.quantizers import (
+    PartialModel,
     PipelineOptions,
     PlainLinear,
     QuantizedModel,
@@ -82,8 +85,12 @@ class QuantizeProgram:
         progress: Progress | None = None,
     ) -> QuantizedModel:
         """Quantise the model in ``folder`` and write the checkpoint ``out``, scales and other
-        tensors in ``dtype``."""
+        tensors in ``dtype``. Decoder layers that an interrupted run of the same options has left
+        in ``out`` are taken from there."""
         options = self.options
+        partial = PartialModel(
+            out, self.scheme, self._identity(folder, quantizer, texts, seed, device)
+        )
         skip = tuple(filter(None, (part.strip() for part in options.skip.split(","))))
         decoder = load_model(folder, linear=PlainLinear(), dtype=torch.float32, device=device)
         found = quantize_decoder(
@@ -93,10 +100,33 @@ class QuantizeProgram:
             texts,
             PipelineOptions(skip, False, options.batch_tokens, options.num_rows, seed),
             progress,
+            partial,
         )
         del decoder
         self._write(folder, out, found, dtype)
+        partial.remove()
         return found
+
+    def _identity(
+        self,
+        folder: Path,
+        quantizer: Quantizer,
+        texts: Sequence[Sequence[int]],
+        seed: int,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """What the codes depend on."""
+        config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        files = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+        return {
+            "model": [config, files],
+            "quantizer": [type(quantizer).__name__, dataclasses.asdict(quantizer.options)],
+            "scheme": self.scheme.name,
+            "options": dataclasses.asdict(self.options),
+            "texts": hashlib.sha256(json.dumps([list(t) for t in texts]).encode()).hexdigest(),
+            "seed": seed,
+            "device": device.type,
+        }
 
     def _write(self, folder: Path, out: Path, found: QuantizedModel, dtype: torch.dtype) -> None:
         out.mkdir(parents=True, exist_ok=True)

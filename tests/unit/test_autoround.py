@@ -126,7 +126,9 @@ def test_a_linear_layer_alone() -> None:
     base = output_error(weight, nearest.dequantize(), x)
     assert errors[False] < 0.7 * base and errors[True] < 0.85 * base
     assert torch.equal(found.scales, nearest.scales)  # where ranges are not tuned
-    # Offsets come to a half at most: no code is further than one step from the nearest.
+    # Offsets come to a half at most, however long the way: no code is further than one step off.
+    far = AutoRound(AutoRoundOptions(iterations=100, step=0.1, tune_range=False))
+    found = far.quantize(weight, scheme, inputs, "x")
     assert int((found.codes - nearest.codes).abs().max()) == 1
     with pytest.raises(ConfigError, match="x: AutoRound needs a sample of inputs"):
         AutoRound().quantize(weight, scheme, None, "x")

@@ -7,12 +7,9 @@ from techniques.quantization.quantizers.calibration import PlainLinear
 from techniques.quantization.quantizers.fp8 import FP8
 from techniques.quantization.quantizers.gptq import GPTQ, GPTQOptions
 from techniques.quantization.quantizers.hqq import HQQ, HQQOptions
-from techniques.quantization.quantizers.pipeline import (
-    LayerReport,
-    PipelineOptions,
-    QuantizedModel,
-    quantize_decoder,
-)
+from techniques.quantization.quantizers.partial import PartialModel
+from techniques.quantization.quantizers.pipeline import PipelineOptions, quantize_decoder
+from techniques.quantization.quantizers.report import LayerReport, QuantizedModel
 from techniques.quantization.quantizers.rtn import RTN, RTNOptions
 from techniques.quantization.quantizers.smoothquant import SmoothQuant, SmoothQuantOptions
 
@@ -30,6 +27,7 @@ __all__ = [
     "InputStatistics",
     "LayerReport",
     "Needs",
+    "PartialModel",
     "PipelineOptions",
     "PlainLinear",
     "QuantizedModel",

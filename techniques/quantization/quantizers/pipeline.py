@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
@@ -16,6 +16,8 @@ from techniques.quantization.quantizers.base import InputStatistics, Quantizer, 
 from techniques.quantization.quantizers.calibration import CalibrationRun, Shard, shards_of
 from techniques.quantization.quantizers.differentiable import DecoderLayerProblem
 from techniques.quantization.quantizers.folding import can_fold, fold_scales, folds_of
+from techniques.quantization.quantizers.partial import PartialModel
+from techniques.quantization.quantizers.report import LayerReport, QuantizedModel
 from techniques.quantization.weights import QuantizedWeight, Scheme
 from workbench.core.errors import ConfigError, UnsupportedError
 from workbench.models.decoder import Decoder, DecoderLayer
@@ -55,51 +57,6 @@ class PipelineOptions:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """What became of one checkpoint layer.
-
-    Attributes
-    ----------
-    output_error
-        ``|X W^T - Y Q^T| / |X W^T|`` on a sample ``X`` of the calibration inputs, of which ``Y`` is
-        what the scheme rounds them to; None without any.
-    scaled
-        Whether its inputs were divided by factors and its columns multiplied.
-    seconds
-        That rounding took; running the texts and the search for factors, which layers share, are
-        not in it.
-    """
-
-    name: str
-    output_error: float | None
-    scaled: bool
-    seconds: float
-
-
-@dataclass(slots=True)
-class QuantizedModel:
-    """What the pipeline found.
-
-    Attributes
-    ----------
-    weights
-        By the checkpoint's layer name, on the CPU.
-    changed
-        Other tensors that had to change, by their name in the checkpoint: norms and biases that
-        took up factors, in the model's dtype.
-    kept
-        Linear layers that stay as they are, the output layer among them.
-    report
-        One entry a quantised layer, in the order of the forward pass.
-    """
-
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    changed: dict[str, Tensor] = field(default_factory=dict)
-    kept: tuple[str, ...] = ()
-    report: list[LayerReport] = field(default_factory=list)
-
-
 #: Called after each layer with its report, how many are done, and how many there are.
 Progress = Callable[[LayerReport, int, int], None]
 
@@ -112,6 +69,7 @@ def quantize_decoder(
     texts: Sequence[Sequence[int]],
     options: PipelineOptions | None = None,
     progress: Progress | None = None,
+    partial: PartialModel | None = None,
 ) -> QuantizedModel:
     """Quantise the linear layers of a decoder, which then runs with the values that the codes stand
     for.
@@ -126,6 +84,8 @@ def quantize_decoder(
         Loaded with ``linear=PlainLinear()``, best in float32. Changed in place.
     texts
         Tokens of the calibration texts. May be empty for a quantiser that needs none.
+    partial
+        Keeps each decoder layer once it is done, and has those of an interrupted run.
 
     Raises
     ------
@@ -145,7 +105,7 @@ def quantize_decoder(
     )
     chosen, kept = _choose(decoder, options)
     _check_groups(chosen, scheme)
-    return _Pipeline(run, quantizer, scheme, options, chosen, kept, progress).quantize()
+    return _Pipeline(run, quantizer, scheme, options, chosen, kept, progress, partial).quantize()
 
 
 class _Pipeline:
@@ -160,30 +120,67 @@ class _Pipeline:
         chosen: list[Shard],
         kept: tuple[str, ...],
         progress: Progress | None,
+        partial: PartialModel | None,
     ) -> None:
         self.run, self.decoder = run, run.decoder
         self.quantizer, self.scheme, self.options = quantizer, scheme, options
         self.chosen = [shard.name for shard in chosen]
-        self.progress = progress
+        self.progress, self.partial = progress, partial
         self.found = QuantizedModel(kept=kept)
+        self.part = QuantizedModel()  # of the decoder layer at hand
 
     def quantize(self) -> QuantizedModel:
         layers = self.decoder.layers
         for layer in layers:
-            inputs = self._statistics(layer.linears)
-            if inputs:
-                self.run.watch(layer, _adding_to(inputs))
-            scaled = self._scale(layer, inputs)
-            ready = self._together(layer)
-            for linear in layer.linears:
-                self._quantize(linear, inputs.pop(linear.name, None), linear.name in scaled, ready)
+            done = None if self.partial is None else self.partial.load(layer.index)
+            if done is not None:
+                self._restore(layer, done)
+            else:
+                self._layer(layer)
+                if self.partial is not None:
+                    self.partial.save(layer.index, self.part)
+            self._finish_part()
             if layer is not layers[-1] or self.options.head:
                 self.run.advance(layer)
         if self.options.head:
             inputs = self._statistics((self.decoder.lm_head,))
             self.run.watch_head(_adding_to(inputs))
             self._quantize(self.decoder.lm_head, inputs.get("lm_head"), False, {})
+            self._finish_part()
         return self.found
+
+    def _layer(self, layer: DecoderLayer) -> None:
+        inputs = self._statistics(layer.linears)
+        if inputs:
+            self.run.watch(layer, _adding_to(inputs))
+        scaled = self._scale(layer, inputs)
+        ready = self._together(layer)
+        for linear in layer.linears:
+            self._quantize(linear, inputs.pop(linear.name, None), linear.name in scaled, ready)
+
+    def _restore(self, layer: DecoderLayer, done: QuantizedModel) -> None:
+        """Make a layer what an earlier run made of it."""
+        if self.quantizer.needs.layers:
+            self.run.advance_originals(layer)
+        changed = dict(done.changed)
+        for part in ("attention_norm", "mlp_norm"):
+            name = f"{self.decoder.names.of_layer(layer.index, part)}.weight"
+            if name in changed:
+                getattr(layer, part).copy_(changed.pop(name))
+        for linear in layer.linears:
+            for shard in shards_of(linear):
+                if shard.name in done.weights:
+                    shard.weight.copy_(done.weights[shard.name].dequantize())
+                if shard.bias is not None and f"{shard.name}.bias" in changed:
+                    shard.bias.copy_(changed.pop(f"{shard.name}.bias"))
+        assert not changed, f"nothing takes {sorted(changed)}"
+        self.part = done
+
+    def _finish_part(self) -> None:
+        self.found.weights |= self.part.weights
+        self.found.changed |= self.part.changed
+        self.found.report += self.part.report
+        self.part = QuantizedModel()
 
     def _statistics(self, linears: Sequence[LinearLayer]) -> dict[str, InputStatistics]:
         """Empty ones for the layers of which something is quantised."""
@@ -221,7 +218,7 @@ class _Pipeline:
                 continue
             scales, changed = fold_scales(self.decoder, layer, fold, scales)
             inputs[linear.name] = inputs[linear.name].scaled(scales)
-            self.found.changed |= changed
+            self.part.changed |= changed
             scaled.add(linear.name)
         return scaled
 
@@ -262,11 +259,12 @@ class _Pipeline:
             if inputs is not None:
                 error = output_error(weight, values, inputs.rows, _rounded(found, inputs.rows))
             shard.weight.copy_(values)
-            self.found.weights[shard.name] = _on_cpu(found)
+            self.part.weights[shard.name] = _on_cpu(found)
             entry = LayerReport(shard.name, error, scaled, seconds)
-            self.found.report.append(entry)
+            self.part.report.append(entry)
             if self.progress is not None:
-                self.progress(entry, len(self.found.report), len(self.chosen))
+                count = len(self.found.report) + len(self.part.report)
+                self.progress(entry, count, len(self.chosen))
 
 
 def _adding_to(inputs: dict[str, InputStatistics]) -> Callable[[LinearLayer, Tensor], None]:
